@@ -1,1 +1,13 @@
-//! viva_core
+//! The numeric core of viva_tensor.
+
+#![deny(unsafe_code)]
+
+pub mod error;
+pub mod format;
+pub mod formats;
+pub mod io;
+pub mod ops;
+pub mod simd;
+pub mod tensor;
+
+pub use error::{Error, Result};

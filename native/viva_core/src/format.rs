@@ -1,0 +1,347 @@
+//! What a format is, and the one registry of all formats.
+//!
+//! A format cuts a tensor into blocks and turns each into codes and scales. Its
+//! scalar code is its definition: every kernel gives the same bits. Operations
+//! know formats only through the two traits here.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::formats;
+use crate::tensor::{DType, Tensor};
+
+/// How codes and scales are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// Round to nearest: scales from the extremes of each block.
+    Rtn,
+    /// Scales (and zero points) searched for the lowest squared error.
+    Mse,
+}
+
+/// Which elements share one scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Granularity {
+    Tensor,
+    Row,
+    Block(usize),
+}
+
+/// What the stored scale of a symmetric integer format means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scale {
+    /// The distance of two codes: value = code · scale.
+    Step,
+    /// The largest magnitude, as LLM.int8() stores it: value = code · scale · (1/127),
+    /// codes chosen from the weights rounded to f16.
+    Absmax,
+}
+
+/// A format with every choice made: what [`Format::resolve`] returns, what a
+/// quantized tensor carries, and what is written into a dump.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spec {
+    pub format: String,
+    pub method: Method,
+    pub granularity: Granularity,
+    pub symmetric: bool,
+    pub scale: Scale,
+    pub scale_dtype: DType,
+    pub double_quant: bool,
+}
+
+impl Spec {
+    /// The registry's entry for this spec.
+    pub fn format(&self) -> Result<&'static dyn Format> {
+        format(&self.format)
+    }
+
+    /// Elements that share one scale in a tensor of this shape. Blocks lie in
+    /// row-major order; `Tensor` granularity is encoded row by row.
+    pub fn block_len(&self, shape: &[usize]) -> usize {
+        match self.granularity {
+            Granularity::Tensor | Granularity::Row => shape.last().copied().unwrap_or(1),
+            Granularity::Block(n) => n,
+        }
+    }
+}
+
+/// A quantized tensor: its spec, and the named parts that hold codes and scales.
+#[derive(Clone, Debug)]
+pub struct Quantized {
+    pub spec: Spec,
+    pub shape: Vec<usize>,
+    /// The dtype it was quantized from, and the default when it is dequantized.
+    pub dtype: DType,
+    pub parts: Vec<(&'static str, Tensor)>,
+}
+
+impl Quantized {
+    /// The part of that name. Formats ask only for parts that they declared.
+    pub fn part(&self, name: &str) -> Result<&Tensor> {
+        self.parts
+            .iter()
+            .find(|(n, _)| *n == name)
+            .map(|(_, t)| t)
+            .ok_or_else(|| Error::InvalidDump {
+                message: format!("part {name:?} is missing"),
+            })
+    }
+
+    /// Bytes of all parts.
+    pub fn nbytes(&self) -> usize {
+        self.parts.iter().map(|(_, t)| t.bytes().len()).sum()
+    }
+
+    /// Number of elements that it stands for.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bits of codes, scales and zero points together, per element.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.nbytes() as f64 * 8.0 / self.len().max(1) as f64
+    }
+
+    /// Checks every part against what the format declares for this shape, so
+    /// that decoding can never read out of bounds.
+    pub fn validate(&self) -> Result<()> {
+        let format = self.spec.format()?;
+        format.check_shape(&self.spec, &self.shape)?;
+        let declared = format.parts(&self.spec, &self.shape)?;
+        for part in &declared {
+            let tensor = self.part(part.name)?;
+            if tensor.dtype() != part.dtype || tensor.shape() != part.shape {
+                return Err(Error::ShapeMismatch {
+                    what: format!("part {:?} of {}", part.name, self.spec.format),
+                    expected: part.shape.clone(),
+                    actual: tensor.shape().to_vec(),
+                });
+            }
+        }
+        if declared.len() != self.parts.len() {
+            return Err(Error::InvalidDump {
+                message: format!(
+                    "{} parts where {} belong",
+                    self.parts.len(),
+                    declared.len()
+                ),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// One part of a quantized tensor, as its format declares it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    pub name: &'static str,
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    /// Bits of this part that one block fills; 0 for a part that belongs to
+    /// the whole tensor.
+    pub block_bits: usize,
+}
+
+/// What some formats must know of the whole tensor before its first block.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Extremes {
+    pub min: f32,
+    pub max: f32,
+}
+
+impl Extremes {
+    pub fn absmax(self) -> f32 {
+        self.max.abs().max(self.min.abs())
+    }
+}
+
+/// A way to store numbers. Implementations live in `formats/`.
+pub trait Format: Send + Sync {
+    /// The name by which users ask for it.
+    fn name(&self) -> &'static str;
+
+    /// One line for a list of formats.
+    fn about(&self) -> &'static str;
+
+    /// Fixes every choice from what the user gave, or says what to change.
+    fn resolve(&self, options: &mut Options) -> Result<Spec>;
+
+    /// Whether a tensor of this shape can be cut as the spec says.
+    fn check_shape(&self, spec: &Spec, shape: &[usize]) -> Result<()>;
+
+    /// The parts that a quantized tensor of this shape ends up with.
+    fn parts(&self, spec: &Spec, shape: &[usize]) -> Result<Vec<Part>>;
+
+    /// The parts that `encode` fills, where they differ from the final ones.
+    fn working_parts(&self, spec: &Spec, shape: &[usize]) -> Result<Vec<Part>> {
+        self.parts(spec, shape)
+    }
+
+    /// Whether `encode` needs the extremes of the whole tensor.
+    fn needs_extremes(&self, _spec: &Spec) -> bool {
+        false
+    }
+
+    /// Encodes whole blocks (the tensor's last may be short). `parts` are this
+    /// chunk's pieces of the working parts, in their order, zeroed; parts of
+    /// the whole tensor are empty here.
+    fn encode(
+        &self,
+        spec: &Spec,
+        block_len: usize,
+        extremes: Option<Extremes>,
+        x: &[f32],
+        parts: &mut [&mut [u8]],
+    ) -> Result<()>;
+
+    /// Turns the working parts into the final ones.
+    fn finish(
+        &self,
+        _spec: &Spec,
+        _extremes: Option<Extremes>,
+        working: Vec<(&'static str, Tensor)>,
+    ) -> Result<Vec<(&'static str, Tensor)>> {
+        Ok(working)
+    }
+
+    /// A decoder over a validated quantized tensor.
+    fn decoder<'a>(&self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>>;
+}
+
+/// Reads elements back.
+pub trait Decode: Sync {
+    /// Writes elements `start .. start + out.len()`, in row-major order.
+    fn decode(&self, start: usize, out: &mut [f32]);
+}
+
+/// The value of one user option.
+#[derive(Clone, Debug, PartialEq)]
+pub enum OptionValue {
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    /// An atom or a string.
+    Name(String),
+}
+
+impl std::fmt::Display for OptionValue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            OptionValue::Bool(v) => write!(f, "{v}"),
+            OptionValue::Int(v) => write!(f, "{v}"),
+            OptionValue::Float(v) => write!(f, "{v}"),
+            OptionValue::Name(v) => write!(f, "{v:?}"),
+        }
+    }
+}
+
+/// User options on their way into a [`Spec`]; each is taken once, and what no
+/// one took is reported by name.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    given: Vec<(String, OptionValue)>,
+    known: Vec<&'static str>,
+}
+
+impl Options {
+    pub fn new(given: Vec<(String, OptionValue)>) -> Options {
+        Options {
+            given,
+            known: Vec::new(),
+        }
+    }
+
+    /// Takes an option out; the last value wins, as in an Elixir keyword list's
+    /// command-line origin.
+    pub fn take(&mut self, name: &'static str) -> Option<OptionValue> {
+        self.known.push(name);
+        let mut found = None;
+        self.given.retain(|(n, v)| {
+            if n == name {
+                found = Some(v.clone());
+            }
+            n != name
+        });
+        found
+    }
+
+    pub fn take_bool(&mut self, name: &'static str, default: bool) -> Result<bool> {
+        match self.take(name) {
+            None => Ok(default),
+            Some(OptionValue::Bool(v)) => Ok(v),
+            Some(v) => Err(Error::option(name, format!("expected true or false, got {v}"))),
+        }
+    }
+
+    /// One of the listed names.
+    pub fn take_name<T: Copy>(
+        &mut self,
+        name: &'static str,
+        choices: &[(&str, T)],
+        default: T,
+    ) -> Result<T> {
+        let Some(value) = self.take(name) else {
+            return Ok(default);
+        };
+        if let OptionValue::Name(given) = &value
+            && let Some((_, v)) = choices.iter().find(|(n, _)| n == given)
+        {
+            return Ok(*v);
+        }
+        let names: Vec<&str> = choices.iter().map(|(n, _)| *n).collect();
+        Err(Error::option(
+            name,
+            format!("expected one of {}, got {value}", names.join(", ")),
+        ))
+    }
+
+    /// Fails on an option that nothing took.
+    pub fn finish(self, format: &str) -> Result<()> {
+        match self.given.first() {
+            None => Ok(()),
+            Some((name, _)) => Err(Error::option(
+                name,
+                format!(
+                    "{format} has no such option; it takes {}",
+                    self.known.join(", ")
+                ),
+            )),
+        }
+    }
+}
+
+/// Every format, in the order in which they are shown to users.
+pub static FORMATS: &[&dyn Format] = &[
+    &formats::int::INT8,
+    &formats::int::INT4,
+    &formats::codebook::NF4,
+    &formats::codebook::FP4,
+];
+
+/// The format of that name.
+pub fn format(name: &str) -> Result<&'static dyn Format> {
+    FORMATS
+        .iter()
+        .copied()
+        .find(|f| f.name() == name)
+        .ok_or_else(|| Error::UnknownFormat {
+            name: name.into(),
+            known: FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", "),
+        })
+}
+
+/// Resolves a format's name and options into a [`Spec`].
+pub fn spec(name: &str, options: Vec<(String, OptionValue)>) -> Result<Spec> {
+    let mut options = Options::new(options);
+    let spec = format(name)?.resolve(&mut options)?;
+    options.finish(name)?;
+    Ok(spec)
+}

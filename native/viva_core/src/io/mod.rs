@@ -1,0 +1,1 @@
+//! Checkpoint files: reading in place, writing in a stream.
