@@ -1,0 +1,70 @@
+Code.require_file("native/mix_compiler.exs", __DIR__)
+
+defmodule VivaTensor.MixProject do
+  use Mix.Project
+
+  # The workspace's Cargo.toml is the one place that states the version of the
+  # project and the oldest Rust that builds it.
+  @workspace File.read!(Path.join(__DIR__, "Cargo.toml"))
+
+  def project do
+    [
+      app: :viva_tensor,
+      version: workspace("version"),
+      elixir: "~> 1.14",
+      start_permanent: Mix.env() == :prod,
+      elixirc_paths: elixirc_paths(Mix.env()),
+      compilers: [:viva_native | Mix.compilers()],
+      viva_native: [crate: "viva_nif", rust_version: workspace("rust-version")],
+      deps: deps(Code.ensure_loaded?(Hex)),
+      description:
+        "Compresses the weights of neural networks, supervised by OTP, computed in Rust",
+      package: package(),
+      docs: docs()
+    ]
+  end
+
+  def application do
+    [
+      mod: {VivaTensor.Application, []},
+      extra_applications: [:logger, :crypto]
+    ]
+  end
+
+  defp elixirc_paths(:test), do: ["lib", "test/support"]
+  defp elixirc_paths(_env), do: ["lib"]
+
+  # All of them are optional, so that without Hex there is nothing to fetch and
+  # Mix neither asks for Hex nor for the network.
+  defp deps(_hex? = true) do
+    [
+      {:nx, "~> 0.7", optional: true},
+      {:telemetry, "~> 1.0", optional: true},
+      {:ex_doc, "~> 0.30", only: :dev, runtime: false}
+    ]
+  end
+
+  defp deps(_hex? = false), do: []
+
+  defp package do
+    [
+      licenses: ["Apache-2.0"],
+      links: %{},
+      files:
+        ~w(lib native .cargo Cargo.toml Cargo.lock mix.exs .formatter.exs .tool-versions) ++
+          ~w(README.md CHANGELOG.md LICENSE)
+    ]
+  end
+
+  defp docs do
+    [
+      main: "readme",
+      extras: ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"]
+    ]
+  end
+
+  defp workspace(key) do
+    [_line, value] = Regex.run(~r/^#{key} = "(.+)"$/m, @workspace)
+    value
+  end
+end
