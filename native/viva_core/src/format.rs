@@ -213,7 +213,7 @@ pub trait Format: Send + Sync {
     }
 
     /// A decoder over a validated quantized tensor.
-    fn decoder<'a>(&self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>>;
+    fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>>;
 }
 
 /// Reads elements back.

@@ -5,7 +5,7 @@
 pub mod error;
 pub mod format;
 pub mod formats;
-pub mod io;
+pub mod method;
 pub mod ops;
 pub mod simd;
 pub mod tensor;

@@ -258,11 +258,6 @@ impl Tensor {
         bytemuck::try_cast_slice(self.bytes()).ok()
     }
 
-    /// A copy of all elements, reinterpreted as `T`, from any alignment.
-    pub fn to_vec<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(&self) -> Vec<T> {
-        bytemuck::pod_collect_to_vec(self.bytes())
-    }
-
     /// Elements `range` as f32: in place for aligned f32, else converted into
     /// `scratch`. Integers and f64 are rounded to the nearest f32.
     pub fn f32_chunk<'a>(&'a self, range: Range<usize>, scratch: &'a mut Vec<f32>) -> &'a [f32] {

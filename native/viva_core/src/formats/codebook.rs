@@ -1,0 +1,317 @@
+//! nf4 and fp4 as bitsandbytes defines them (Dettmers et al., "QLoRA", 2023).
+//!
+//! The tensor is cut, row after row, into blocks of a power of two; each block
+//! is scaled by its largest magnitude and every element takes the nearest of
+//! sixteen values: value = table[code] · absmax. The last block may be short.
+//!
+//! With double quantization the absmax are themselves stored in 8 bits: their
+//! mean is taken off and the rest goes through the dynamic map in blocks of 256,
+//! absmax = map[code] · nested_absmax + nested_offset.
+
+use std::sync::LazyLock;
+
+use crate::error::{Error, Result};
+use crate::format::{
+    Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
+    Spec,
+};
+use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
+use crate::simd::codebook::{Codebook, Encode, decode_run};
+use crate::simd::nibble::{self, Order};
+use crate::simd::{Isa, Op, dispatch};
+use crate::tensor::{DType, Tensor, element_count, narrow};
+
+/// A format that looks its values up in a table of sixteen.
+pub struct Codebook4 {
+    name: &'static str,
+    about: &'static str,
+    /// The value of each code.
+    pub table: [f32; 16],
+    book: LazyLock<Codebook>,
+}
+
+const NF4_TABLE: [f32; 16] = [
+    -1.0,
+    -0.6961928,
+    -0.52507305,
+    -0.3949175,
+    -0.28444138,
+    -0.18477343,
+    -0.091050036,
+    0.0,
+    0.0795803,
+    0.1609302,
+    0.2461123,
+    0.33791524,
+    0.44070983,
+    0.562617,
+    0.72295684,
+    1.0,
+];
+
+/// E2M1 divided by twelve, in the order of bitsandbytes' codes.
+const FP4_TABLE: [f32; 16] = [
+    0.0,
+    0.0052083335,
+    0.6666667,
+    1.0,
+    0.33333334,
+    0.5,
+    0.16666667,
+    0.25,
+    0.0,
+    -0.0052083335,
+    -0.6666667,
+    -1.0,
+    -0.33333334,
+    -0.5,
+    -0.16666667,
+    -0.25,
+];
+
+pub static NF4: Codebook4 = Codebook4 {
+    name: "nf4",
+    about: "4-bit quantiles of a normal distribution, blocks of 64 (QLoRA)",
+    table: NF4_TABLE,
+    book: LazyLock::new(|| Codebook::new(&NF4_TABLE)),
+};
+
+pub static FP4: Codebook4 = Codebook4 {
+    name: "fp4",
+    about: "4-bit floats of bitsandbytes, blocks of 64",
+    table: FP4_TABLE,
+    book: LazyLock::new(|| Codebook::new(&FP4_TABLE)),
+};
+
+impl Format for Codebook4 {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn resolve(&self, options: &mut Options) -> Result<Spec> {
+        let methods = [("rtn", Method::Rtn), ("mse", Method::Mse)];
+        let method = options.take_name("method", &methods, Method::Rtn)?;
+        let block = match options.take("block_size") {
+            None => 64,
+            Some(OptionValue::Int(n)) if n >= 2 && (n as u64).is_power_of_two() => n as usize,
+            Some(v) => {
+                return Err(Error::option(
+                    "block_size",
+                    format!("expected a power of two, 2 or more, got {v}"),
+                ));
+            }
+        };
+        Ok(Spec {
+            format: self.name.into(),
+            method,
+            granularity: Granularity::Block(block),
+            symmetric: true,
+            scale: Scale::Absmax,
+            scale_dtype: DType::F32,
+            double_quant: options.take_bool("double_quant", false)?,
+        })
+    }
+
+    fn check_shape(&self, _spec: &Spec, _shape: &[usize]) -> Result<()> {
+        Ok(())
+    }
+
+    fn parts(&self, spec: &Spec, shape: &[usize]) -> Result<Vec<Part>> {
+        let mut parts = self.working_parts(spec, shape)?;
+        if spec.double_quant {
+            let blocks = parts[1].shape[0];
+            let part = |name, dtype, n| Part {
+                name,
+                dtype,
+                shape: vec![n],
+                block_bits: 0,
+            };
+            parts[1].dtype = DType::U8;
+            let nested = blocks.div_ceil(dynamic_map::BLOCK);
+            parts.push(part("nested_absmax", DType::F32, nested));
+            parts.push(part("nested_offset", DType::F32, 1));
+        }
+        Ok(parts)
+    }
+
+    fn working_parts(&self, spec: &Spec, shape: &[usize]) -> Result<Vec<Part>> {
+        let n = element_count(shape)?;
+        let block_len = spec.block_len(shape);
+        Ok(vec![
+            Part {
+                name: "codes",
+                dtype: DType::U8,
+                shape: vec![n.div_ceil(2)],
+                block_bits: 4 * block_len,
+            },
+            Part {
+                name: "absmax",
+                dtype: DType::F32,
+                shape: vec![n.div_ceil(block_len)],
+                block_bits: 32,
+            },
+        ])
+    }
+
+    fn encode(
+        &self,
+        spec: &Spec,
+        block_len: usize,
+        _extremes: Option<Extremes>,
+        x: &[f32],
+        parts: &mut [&mut [u8]],
+    ) -> Result<()> {
+        let mut absmax = vec![0f32; x.len().div_ceil(block_len)];
+        let mut codes = vec![0u8; x.len()];
+        dispatch(Encode {
+            book: &self.book,
+            search: spec.method == Method::Mse,
+            block_len,
+            x,
+            codes: &mut codes,
+            absmax: &mut absmax,
+        });
+        if codes.len() % 2 == 1 {
+            // As bitsandbytes pads: with an element of zero.
+            codes.push(self.book.code(0.0));
+        }
+        nibble::pack(Order::HighFirst, &codes, parts[0]);
+        narrow(DType::F32, &absmax, parts[1])
+    }
+
+    fn finish(
+        &self,
+        spec: &Spec,
+        _extremes: Option<Extremes>,
+        mut working: Vec<(&'static str, Tensor)>,
+    ) -> Result<Vec<(&'static str, Tensor)>> {
+        if !spec.double_quant {
+            return Ok(working);
+        }
+        let absmax = working[1].1.to_f32_vec();
+        let nested = dynamic_map::double_quantize(&absmax);
+        let blocks = nested.codes.len();
+        let outer = nested.absmax.len();
+        working[1].1 = Tensor::from_slice(DType::U8, &[blocks], &nested.codes)?;
+        working.push((
+            "nested_absmax",
+            Tensor::from_slice(DType::F32, &[outer], &nested.absmax)?,
+        ));
+        working.push((
+            "nested_offset",
+            Tensor::from_slice(DType::F32, &[1], &[nested.offset])?,
+        ));
+        Ok(working)
+    }
+
+    fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>> {
+        let absmax = if q.spec.double_quant {
+            Absmax::Nested {
+                codes: q.part("absmax")?.bytes(),
+                absmax: q.part("nested_absmax")?.to_f32_vec(),
+                offset: q.part("nested_offset")?.to_f32_vec()[0],
+            }
+        } else {
+            Absmax::Plain(q.part("absmax")?)
+        };
+        Ok(Box::new(Decoder {
+            table: &self.table,
+            block_len: q.spec.block_len(&q.shape),
+            codes: q.part("codes")?.bytes(),
+            absmax,
+        }))
+    }
+}
+
+enum Absmax<'a> {
+    Plain(&'a Tensor),
+    Nested {
+        codes: &'a [u8],
+        absmax: Vec<f32>,
+        offset: f32,
+    },
+}
+
+impl Absmax<'_> {
+    /// The absmax of blocks `range`, into `scratch` where they are not in place.
+    fn chunk<'a>(
+        &'a self,
+        range: std::ops::Range<usize>,
+        scratch: &'a mut Vec<f32>,
+    ) -> &'a [f32] {
+        match self {
+            Absmax::Plain(tensor) => tensor.f32_chunk(range, scratch),
+            Absmax::Nested {
+                codes,
+                absmax,
+                offset,
+            } => {
+                scratch.clear();
+                scratch.extend(range.map(|b| {
+                    DYNAMIC_MAP[usize::from(codes[b])] * absmax[b / dynamic_map::BLOCK] + offset
+                }));
+                scratch
+            }
+        }
+    }
+}
+
+struct Decoder<'a> {
+    table: &'a [f32; 16],
+    block_len: usize,
+    codes: &'a [u8],
+    absmax: Absmax<'a>,
+}
+
+impl Decode for Decoder<'_> {
+    fn decode(&self, start: usize, out: &mut [f32]) {
+        if out.is_empty() {
+            return;
+        }
+        let first = start / self.block_len;
+        let last = (start + out.len() - 1) / self.block_len;
+        let mut scratch = Vec::new();
+        let absmax = self.absmax.chunk(first..last + 1, &mut scratch);
+        dispatch(DecodeBlocks {
+            decoder: self,
+            absmax,
+            start,
+            out,
+        });
+    }
+}
+
+struct DecodeBlocks<'a, 'b> {
+    decoder: &'a Decoder<'b>,
+    absmax: &'a [f32],
+    start: usize,
+    out: &'a mut [f32],
+}
+
+impl Op for DecodeBlocks<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let d = self.decoder;
+        let mut unpacked = [0u8; 256];
+        let end = self.start + self.out.len();
+        let mut at = self.start;
+        let mut out = self.out;
+        for &scale in self.absmax {
+            let block_end = ((at / d.block_len + 1) * d.block_len).min(end);
+            while at < block_end {
+                let n = (block_end - at).min(unpacked.len());
+                let (run, rest) = out.split_at_mut(n);
+                nibble::unpack(Order::HighFirst, d.codes, at, &mut unpacked[..n]);
+                decode_run(isa, d.table, &unpacked[..n], scale, run);
+                out = rest;
+                at += n;
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! x[m, k] · q[n, k]ᵀ, straight from the codes.
+
+use rayon::prelude::*;
+
+use super::{CHUNK, Cancel, pool};
+use crate::error::{Error, Result};
+use crate::format::Quantized;
+use crate::simd::dispatch;
+use crate::simd::dot::{DotRows, ROWS};
+use crate::tensor::{DType, Tensor, element_count, narrow};
+
+/// The shape of `x · qᵀ`: that of x with its last dimension replaced by the
+/// rows of q.
+///
+/// # Errors
+/// `ShapeMismatch` unless q is a matrix whose rows are as long as those of x.
+pub fn matmul_shape(x: &Tensor, q: &Quantized) -> Result<Vec<usize>> {
+    let &[n, k] = q.shape.as_slice() else {
+        return Err(Error::ShapeMismatch {
+            what: "matmul takes a quantized matrix [n, k]".into(),
+            expected: vec![q.shape.iter().rev().skip(1).product(), *q.shape.last().unwrap_or(&1)],
+            actual: q.shape.clone(),
+        });
+    };
+    match x.shape().split_last() {
+        Some((&last, rest)) if last == k => {
+            let mut shape = rest.to_vec();
+            shape.push(n);
+            element_count(&shape)?;
+            Ok(shape)
+        }
+        _ => Err(Error::ShapeMismatch {
+            what: "matmul: the last dimension of x is the k of the quantized [n, k]".into(),
+            expected: vec![x.len() / x.row_len().max(1), k],
+            actual: x.shape().to_vec(),
+        }),
+    }
+}
+
+/// Computes `x · qᵀ` into `out`, in f32 arithmetic, rounded once to `dtype`.
+/// Rows of weights are decoded a tile at a time into a cache-sized scratch;
+/// the full float matrix never exists.
+///
+/// # Errors
+/// `ShapeMismatch`, `UnsupportedDtype`, `SizeMismatch` for `out`, `Cancelled`.
+pub fn matmul_into(
+    x: &Tensor,
+    q: &Quantized,
+    dtype: DType,
+    out: &mut [u8],
+    cancel: &Cancel,
+) -> Result<()> {
+    let shape = matmul_shape(x, q)?;
+    for (op, dtype) in [("matmul", x.dtype()), ("a matmul's result", dtype)] {
+        if !dtype.is_float() {
+            return Err(Error::UnsupportedDtype {
+                op: op.into(),
+                dtype: dtype.name().into(),
+            });
+        }
+    }
+    let expected = element_count(&shape)? * dtype.size();
+    if out.len() != expected {
+        return Err(Error::SizeMismatch {
+            what: "bytes of the product".into(),
+            expected,
+            actual: out.len(),
+        });
+    }
+    let (n, k) = (q.shape[0], q.shape[1]);
+    if expected == 0 {
+        return Ok(());
+    }
+    if k == 0 {
+        out.fill(0);
+        return Ok(());
+    }
+    let m = x.len() / k;
+    let mut widened = Vec::new();
+    let x = x.f32_chunk(0..x.len(), &mut widened);
+    let decoder = q.spec.format()?.decoder(q)?;
+    let rows = (4 * CHUNK / k).clamp(1, 16) * ROWS;
+    pool::run(|| {
+        // Column after column of the result, so that each task owns its piece.
+        let mut columns = vec![0f32; n * m];
+        columns
+            .par_chunks_mut(rows * m)
+            .enumerate()
+            .try_for_each_init(Vec::new, |tile, (t, out)| {
+                cancel.check()?;
+                tile.resize(out.len() / m * k, 0f32);
+                decoder.decode(t * rows * k, tile);
+                dispatch(DotRows { k, x, w: tile, out });
+                Ok(())
+            })?;
+        if m == 1 {
+            return narrow(dtype, &columns, out);
+        }
+        out.par_chunks_mut(n * dtype.size())
+            .enumerate()
+            .try_for_each_init(Vec::new, |row, (i, out)| {
+                row.clear();
+                row.extend((0..n).map(|j| columns[j * m + i]));
+                narrow(dtype, row, out)
+            })
+    })
+}

@@ -1,0 +1,156 @@
+//! How close one tensor is to another.
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::quantize::runs;
+use super::{Cancel, pool};
+use crate::error::{Error, Result};
+use crate::format::Quantized;
+use crate::simd::{Isa, LANES, Op, dispatch};
+use crate::tensor::Tensor;
+
+/// Decibels that one bit buys a Gaussian source at the rate–distortion bound:
+/// 20·log10(2).
+pub const DB_PER_BIT: f64 = 6.020_599_913_279_624;
+
+/// Error of an approximation y of x. Ratios are infinite where there is no
+/// error, and NaN where there is no signal either.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Metrics {
+    /// Mean of (x − y)².
+    pub mse: f64,
+    /// 10·log10(Σx² / Σ(x − y)²).
+    pub sqnr_db: f64,
+    /// 10·log10(max|x|² / mse).
+    pub psnr_db: f64,
+    /// Σxy / √(Σx² Σy²).
+    pub cosine: f64,
+    /// max |x − y|.
+    pub max_error: f64,
+}
+
+/// What a run of elements adds to the sums.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    xx: f64,
+    yy: f64,
+    xy: f64,
+    ee: f64,
+    max_x: f32,
+    max_e: f32,
+}
+
+struct Accumulate<'a> {
+    x: &'a [f32],
+    y: &'a [f32],
+}
+
+impl Op for Accumulate<'_> {
+    type Output = Sums;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) -> Sums {
+        const HALF: usize = LANES / 2;
+        let mut xx = [0f64; HALF];
+        let mut yy = [0f64; HALF];
+        let mut xy = [0f64; HALF];
+        let mut ee = [0f64; HALF];
+        let mut max_x = [0f32; HALF];
+        let mut max_e = [0f32; HALF];
+        let mut step = |x: &[f32], y: &[f32]| {
+            for i in 0..x.len().min(HALF) {
+                let (a, b) = (f64::from(x[i]), f64::from(y[i]));
+                let e = a - b;
+                xx[i] += a * a;
+                yy[i] += b * b;
+                xy[i] += a * b;
+                ee[i] += e * e;
+                let (ax, ae) = (x[i].abs(), (x[i] - y[i]).abs());
+                max_x[i] = if ax > max_x[i] { ax } else { max_x[i] };
+                max_e[i] = if ae > max_e[i] { ae } else { max_e[i] };
+            }
+        };
+        let (xs, x_tail) = self.x.as_chunks::<HALF>();
+        let (ys, y_tail) = self.y.as_chunks::<HALF>();
+        for (x, y) in xs.iter().zip(ys) {
+            step(x, y);
+        }
+        step(x_tail, y_tail);
+        Sums {
+            xx: xx.iter().sum(),
+            yy: yy.iter().sum(),
+            xy: xy.iter().sum(),
+            ee: ee.iter().sum(),
+            max_x: max_x.into_iter().fold(0.0, f32::max),
+            max_e: max_e.into_iter().fold(0.0, f32::max),
+        }
+    }
+}
+
+/// Compares `x` with what `fill` writes for a run of elements. Runs are summed
+/// in their order: the result does not depend on the number of threads.
+fn compare(
+    x: &Tensor,
+    cancel: &Cancel,
+    fill: impl Fn(std::ops::Range<usize>, &mut Vec<f32>) + Sync,
+) -> Result<Metrics> {
+    let sums = pool::run(|| {
+        runs(x.len())
+            .map_init(
+                || (Vec::new(), Vec::new()),
+                |(scratch, y), range| {
+                    cancel.check()?;
+                    y.resize(range.len(), 0.0);
+                    fill(range.clone(), y);
+                    let x = x.f32_chunk(range, scratch);
+                    Ok(dispatch(Accumulate { x, y }))
+                },
+            )
+            .collect::<Result<Vec<Sums>>>()
+    })?;
+    let total = sums.into_iter().fold(Sums::default(), |a, b| Sums {
+        xx: a.xx + b.xx,
+        yy: a.yy + b.yy,
+        xy: a.xy + b.xy,
+        ee: a.ee + b.ee,
+        max_x: a.max_x.max(b.max_x),
+        max_e: a.max_e.max(b.max_e),
+    });
+    let mse = total.ee / x.len().max(1) as f64;
+    let most = f64::from(total.max_x);
+    Ok(Metrics {
+        mse,
+        sqnr_db: 10.0 * (total.xx / total.ee).log10(),
+        psnr_db: 10.0 * (most * most / mse).log10(),
+        cosine: total.xy / (total.xx.sqrt() * total.yy.sqrt()),
+        max_error: f64::from(total.max_e),
+    })
+}
+
+fn same_shape(x: &Tensor, shape: &[usize]) -> Result<()> {
+    if x.shape() == shape {
+        return Ok(());
+    }
+    Err(Error::ShapeMismatch {
+        what: "metrics compare tensors of one shape".into(),
+        expected: x.shape().to_vec(),
+        actual: shape.to_vec(),
+    })
+}
+
+/// Error of a quantized tensor against its original.
+pub fn quantized(x: &Tensor, q: &Quantized, cancel: &Cancel) -> Result<Metrics> {
+    same_shape(x, &q.shape)?;
+    let decoder = q.spec.format()?.decoder(q)?;
+    compare(x, cancel, |range, y| decoder.decode(range.start, y))
+}
+
+/// Error of one dense tensor against another.
+pub fn dense(x: &Tensor, y: &Tensor, cancel: &Cancel) -> Result<Metrics> {
+    same_shape(x, y.shape())?;
+    compare(x, cancel, |range, out| {
+        let mut scratch = Vec::new();
+        out.copy_from_slice(y.f32_chunk(range, &mut scratch));
+    })
+}

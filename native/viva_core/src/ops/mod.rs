@@ -1,0 +1,43 @@
+//! Operations on tensors: they know shapes and ranges, call formats and
+//! kernels on slices, and run in parallel on the one pool.
+
+pub mod cast;
+pub mod dequantize;
+pub mod dump;
+pub mod matmul;
+pub mod metrics;
+pub mod pool;
+pub mod quantize;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, Result};
+
+/// A flag that asks a running operation to stop. Cloning shares it.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    pub fn new() -> Cancel {
+        Cancel::default()
+    }
+
+    /// Asks every operation that polls this flag to stop.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// `Err(Cancelled)` once someone asked. Operations poll it every chunk.
+    pub fn check(&self) -> Result<()> {
+        if self.0.load(Ordering::Relaxed) {
+            Err(Error::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Elements that one task works on: small enough for the L2 cache together
+/// with its results, large enough that a task costs nothing.
+pub(crate) const CHUNK: usize = 16 * 1024;

@@ -1,0 +1,69 @@
+//! The one thread pool.
+
+use std::sync::{Arc, LazyLock, RwLock};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::error::{Error, Result};
+
+static POOL: LazyLock<RwLock<Option<Arc<ThreadPool>>>> = LazyLock::new(|| RwLock::new(None));
+
+fn build(threads: usize) -> Result<Arc<ThreadPool>> {
+    ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|i| format!("viva_tensor_{i}"))
+        .start_handler(|_| yield_to_schedulers())
+        .build()
+        .map(Arc::new)
+        .map_err(|e| Error::option("threads", e.to_string()))
+}
+
+/// Number crunching gives way to the BEAM's schedulers, so that normal
+/// processes stay responsive while every core is busy.
+fn yield_to_schedulers() {
+    // On Linux a priority belongs to a thread, and 0 names the calling one.
+    // Elsewhere it would lower the whole process.
+    #[cfg(target_os = "linux")]
+    {
+        // A refusal costs latency, not correctness.
+        let _ = rustix::process::setpriority_process(None, 10);
+    }
+}
+
+/// Sets the number of threads that all operations share from now on. Calls
+/// already running finish on the pool that they began on.
+pub fn configure(threads: usize) -> Result<()> {
+    if threads == 0 || threads > 1024 {
+        return Err(Error::option(
+            "threads",
+            format!("expected 1 to 1024 threads, got {threads}"),
+        ));
+    }
+    let pool = build(threads)?;
+    *POOL.write().unwrap_or_else(|e| e.into_inner()) = Some(pool);
+    Ok(())
+}
+
+fn pool() -> Result<Arc<ThreadPool>> {
+    if let Some(pool) = &*POOL.read().unwrap_or_else(|e| e.into_inner()) {
+        return Ok(Arc::clone(pool));
+    }
+    let mut slot = POOL.write().unwrap_or_else(|e| e.into_inner());
+    if let Some(pool) = &*slot {
+        return Ok(Arc::clone(pool));
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let pool = build(threads)?;
+    *slot = Some(Arc::clone(&pool));
+    Ok(pool)
+}
+
+/// Threads of the pool.
+pub fn threads() -> Result<usize> {
+    Ok(pool()?.current_num_threads())
+}
+
+/// Runs `f` inside the pool; rayon's iterators in it use the pool's threads.
+pub fn run<R: Send>(f: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+    pool()?.install(f)
+}

@@ -1,0 +1,169 @@
+//! Dense tensor → quantized tensor.
+
+use rayon::prelude::*;
+
+use super::{CHUNK, Cancel, pool};
+use crate::error::{Error, Result};
+use crate::format::{Extremes, Part, Quantized, Spec};
+use crate::simd::stats::{IsFinite, RangeWithZero};
+use crate::simd::dispatch;
+use crate::tensor::{Buffer, Tensor};
+
+/// Quantizes `x` as `spec` says. The result does not depend on the number of
+/// threads.
+///
+/// # Errors
+/// `UnsupportedDtype` unless `x` is floating point, `Indivisible` when blocks do
+/// not fit its rows, `NonFinite` when it holds a NaN or infinity,
+/// `ScaleOverflow`, `Cancelled`.
+pub fn quantize(x: &Tensor, spec: &Spec, cancel: &Cancel) -> Result<Quantized> {
+    if !x.dtype().is_float() {
+        return Err(Error::UnsupportedDtype {
+            op: "quantize".into(),
+            dtype: x.dtype().name().into(),
+        });
+    }
+    let format = spec.format()?;
+    format.check_shape(spec, x.shape())?;
+    let working = format.working_parts(spec, x.shape())?;
+    let mut buffers: Vec<Buffer> = working
+        .iter()
+        .map(|p| Buffer::zeroed(p.shape.iter().product::<usize>() * p.dtype.size()))
+        .collect();
+    let block_len = spec.block_len(x.shape()).max(1);
+    let outcome = pool::run(|| {
+        let extremes = if format.needs_extremes(spec) {
+            Some(extremes(x, cancel)?)
+        } else {
+            None
+        };
+        let tasks = cut(x.len(), block_len, &working, &mut buffers);
+        tasks
+            .into_par_iter()
+            .try_for_each_init(Vec::new, |scratch, mut task| {
+                cancel.check()?;
+                let values = x.f32_chunk(task.start..task.end, scratch);
+                if !dispatch(IsFinite(values)) {
+                    return Err(Error::NonFinite {
+                        nan: 0,
+                        inf: 0,
+                        first: 0,
+                    });
+                }
+                format.encode(spec, block_len, extremes, values, &mut task.parts)
+            })?;
+        Ok(extremes)
+    });
+    let extremes = match outcome {
+        // Chunks only notice; what and where is counted once, over all.
+        Err(Error::NonFinite { .. }) => return Err(count_non_finite(x)),
+        other => other?,
+    };
+    let filled = working
+        .into_iter()
+        .zip(buffers)
+        .map(|(p, buffer)| Ok((p.name, Tensor::from_buffer(p.dtype, p.shape, buffer)?)))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Quantized {
+        parts: format.finish(spec, extremes, filled)?,
+        spec: spec.clone(),
+        shape: x.shape().to_vec(),
+        dtype: x.dtype(),
+    })
+}
+
+/// A run of whole blocks, with its piece of every part.
+struct Task<'a> {
+    start: usize,
+    end: usize,
+    parts: Vec<&'a mut [u8]>,
+}
+
+/// Cuts `n` elements into runs of blocks that begin on a whole byte in every
+/// part, and hands each run its own piece of the buffers.
+fn cut<'a>(
+    n: usize,
+    block_len: usize,
+    parts: &[Part],
+    buffers: &'a mut [Buffer],
+) -> Vec<Task<'a>> {
+    let mut step = 1;
+    while parts.iter().any(|p| p.block_bits * step % 8 != 0) {
+        step *= 2;
+    }
+    let blocks = (CHUNK / block_len / step).max(1) * step;
+    let len = blocks * block_len;
+    let mut rest: Vec<&mut [u8]> = buffers.iter_mut().map(Buffer::as_mut).collect();
+    let mut tasks = Vec::with_capacity(n / len + 1);
+    let mut start = 0;
+    while start < n {
+        let end = (start + len).min(n);
+        let pieces = rest
+            .iter_mut()
+            .zip(parts)
+            .map(|(rest, part)| {
+                // The last run takes what is left, padding bits included.
+                let bytes = if end == n && part.block_bits > 0 {
+                    rest.len()
+                } else {
+                    blocks * part.block_bits / 8
+                };
+                let (piece, tail) = std::mem::take(rest).split_at_mut(bytes);
+                *rest = tail;
+                piece
+            })
+            .collect();
+        tasks.push(Task {
+            start,
+            end,
+            parts: pieces,
+        });
+        start = end;
+    }
+    tasks
+}
+
+/// The runs of a tensor that need no block boundaries.
+pub(crate) fn runs(n: usize) -> impl IndexedParallelIterator<Item = std::ops::Range<usize>> {
+    (0..n.div_ceil(CHUNK))
+        .into_par_iter()
+        .map(move |i| i * CHUNK..((i + 1) * CHUNK).min(n))
+}
+
+fn extremes(x: &Tensor, cancel: &Cancel) -> Result<Extremes> {
+    runs(x.len())
+        .map_init(Vec::new, |scratch, range| {
+            cancel.check()?;
+            let (min, max) = dispatch(RangeWithZero(x.f32_chunk(range, scratch)));
+            Ok(Extremes { min, max })
+        })
+        .try_reduce(
+            || Extremes { min: 0.0, max: 0.0 },
+            |a, b| {
+                Ok(Extremes {
+                    min: a.min.min(b.min),
+                    max: a.max.max(b.max),
+                })
+            },
+        )
+}
+
+fn count_non_finite(x: &Tensor) -> Error {
+    let mut scratch = Vec::new();
+    let (mut nan, mut inf, mut first) = (0, 0, None);
+    for start in (0..x.len()).step_by(CHUNK) {
+        let end = (start + CHUNK).min(x.len());
+        for (i, v) in x.f32_chunk(start..end, &mut scratch).iter().enumerate() {
+            if !v.is_finite() {
+                nan += u64::from(v.is_nan());
+                inf += u64::from(v.is_infinite());
+                first.get_or_insert((start + i) as u64);
+            }
+        }
+    }
+    Error::NonFinite {
+        nan,
+        inf,
+        first: first.unwrap_or(0),
+    }
+}

@@ -1,0 +1,131 @@
+//! ISA levels: detection, tokens, dispatch.
+//!
+//! A kernel is a struct that implements [`Op`] with one body, generic over the
+//! sixteen-lane vectors of an [`Isa`]. The body is compiled once per level,
+//! inside a function with that level's target features; [`dispatch`] picks the
+//! compiled copy once per call. A token such as [`Avx2`] can only be built where
+//! the CPU has the instructions, which is the whole safety argument.
+
+pub mod codebook;
+pub mod dot;
+pub mod int;
+pub mod nibble;
+pub mod stats;
+pub mod vector;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use vector::{Isa, LANES, Portable};
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use crate::error::{Error, Result};
+
+/// What kernels may use, from least to most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    Portable,
+    Neon,
+    Avx2,
+    Avx512,
+}
+
+impl Level {
+    const ALL: [Level; 4] = [Level::Portable, Level::Neon, Level::Avx2, Level::Avx512];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Portable => "portable",
+            Level::Neon => "neon",
+            Level::Avx2 => "avx2",
+            Level::Avx512 => "avx512",
+        }
+    }
+}
+
+/// A kernel: its inputs and outputs, and one body for all levels.
+///
+/// Bodies are `#[inline(always)]`, and so is every function they call in their
+/// loops: only then are they compiled with the level's target features.
+pub trait Op {
+    type Output;
+    fn run<I: Isa>(self, isa: I) -> Self::Output;
+}
+
+/// The levels that this machine has, lowest first.
+pub fn levels() -> Vec<Level> {
+    let has = |level: &Level| match level {
+        Level::Portable => true,
+        Level::Neon => cfg!(target_arch = "aarch64"),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => Avx2::detect().is_some(),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => Avx512::detect().is_some(),
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => false,
+    };
+    Level::ALL.into_iter().filter(has).collect()
+}
+
+const UNSET: u8 = u8::MAX;
+static LEVEL: AtomicU8 = AtomicU8::new(UNSET);
+
+/// The level that [`dispatch`] uses: what `VIVA_TENSOR_ISA` forces, or the
+/// machine's highest. A name that the machine lacks is an error.
+pub fn configure() -> Result<Level> {
+    let levels = levels();
+    let highest = *levels.last().unwrap_or(&Level::Portable);
+    let level = match std::env::var("VIVA_TENSOR_ISA") {
+        Err(_) => highest,
+        Ok(name) if name.is_empty() => highest,
+        Ok(name) => *levels.iter().find(|l| l.name() == name).ok_or_else(|| {
+            let have: Vec<&str> = levels.iter().map(|l| l.name()).collect();
+            Error::option(
+                "VIVA_TENSOR_ISA",
+                format!("this machine has {}, not {name:?}", have.join(", ")),
+            )
+        })?,
+    };
+    LEVEL.store(level as u8, Ordering::Relaxed);
+    Ok(level)
+}
+
+/// The level in force.
+pub fn level() -> Level {
+    let stored = LEVEL.load(Ordering::Relaxed);
+    match Level::ALL.into_iter().find(|&l| l as u8 == stored) {
+        Some(level) => level,
+        // An unusable VIVA_TENSOR_ISA is reported where `configure` is called
+        // at start; arithmetic is the same on every level.
+        None => configure().unwrap_or(Level::Portable),
+    }
+}
+
+/// Runs a kernel at the level in force.
+#[inline]
+pub fn dispatch<O: Op>(op: O) -> O::Output {
+    dispatch_at(level(), op)
+}
+
+/// Runs a kernel at `level`, or at the baseline where the machine lacks it.
+#[inline]
+pub fn dispatch_at<O: Op>(level: Level, op: O) -> O::Output {
+    #[cfg(target_arch = "x86_64")]
+    match level {
+        Level::Avx512 => {
+            if let Some(token) = Avx512::detect() {
+                return token.dispatch(op);
+            }
+        }
+        Level::Avx2 => {
+            if let Some(token) = Avx2::detect() {
+                return token.dispatch(op);
+            }
+        }
+        Level::Portable | Level::Neon => {}
+    }
+    let _ = level;
+    op.run(Portable)
+}

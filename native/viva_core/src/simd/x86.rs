@@ -1,0 +1,197 @@
+//! AVX2 and AVX-512.
+#![allow(unsafe_code)]
+
+use core::arch::x86_64::*;
+
+use super::Op;
+use super::vector::{Isa, LANES};
+
+macro_rules! token {
+    ($name:ident, $run:ident, $features:literal, $($detected:tt),+) => {
+        /// Proof that the CPU has the level's instructions.
+        #[derive(Clone, Copy)]
+        pub struct $name(());
+
+        impl $name {
+            pub fn detect() -> Option<$name> {
+                ($(is_x86_feature_detected!($detected))&&+).then_some($name(()))
+            }
+
+            /// Runs `op` compiled for this level.
+            #[inline(always)]
+            pub fn dispatch<O: Op>(self, op: O) -> O::Output {
+                // SAFETY: the token exists, so detection found every feature
+                // that `run` is compiled with.
+                unsafe { $run(self, op) }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        fn $run<O: Op>(token: $name, op: O) -> O::Output {
+            op.run(token)
+        }
+    };
+}
+
+token!(Avx2, run_avx2, "avx2,fma,f16c,bmi2", "avx2", "fma", "f16c", "bmi2");
+token!(
+    Avx512,
+    run_avx512,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx2",
+    "fma",
+    "f16c",
+    "bmi2"
+);
+
+/// Wraps intrinsics of the token's level.
+macro_rules! intrinsics {
+    ($(fn $name:ident(self $(, $arg:ident: $ty:ty)*) $(-> $ret:ty)? $body:block)+) => {
+        $(
+            #[inline(always)]
+            fn $name(self $(, $arg: $ty)*) $(-> $ret)? {
+                // SAFETY: the token proves that the CPU has the instructions;
+                // loads and stores touch exactly the arrays they are given.
+                unsafe { $body }
+            }
+        )+
+    };
+}
+
+impl Isa for Avx512 {
+    type F = __m512;
+    type U = __m512i;
+
+    intrinsics! {
+        fn splat(self, v: f32) -> __m512 { _mm512_set1_ps(v) }
+        fn load(self, x: &[f32; LANES]) -> __m512 { _mm512_loadu_ps(x.as_ptr()) }
+        fn store(self, v: __m512, out: &mut [f32; LANES]) { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+        fn add(self, a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
+        fn sub(self, a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
+        fn mul(self, a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
+        fn div(self, a: __m512, b: __m512) -> __m512 { _mm512_div_ps(a, b) }
+        fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
+        fn min(self, a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
+        fn max(self, a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
+        fn round_f16(self, v: __m512) -> __m512 {
+            _mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
+        }
+        fn from_int(self, v: __m512i) -> __m512 { _mm512_cvtepi32_ps(v) }
+        fn lookup(self, table: __m512, index: __m512i) -> __m512 { _mm512_permutexvar_ps(index, table) }
+        fn splat_u(self, v: u32) -> __m512i { _mm512_set1_epi32(v as i32) }
+        fn bits(self, v: __m512) -> __m512i { _mm512_castps_si512(v) }
+        fn and(self, a: __m512i, b: __m512i) -> __m512i { _mm512_and_si512(a, b) }
+        fn add_u(self, a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
+        fn sub_u(self, a: __m512i, b: __m512i) -> __m512i { _mm512_sub_epi32(a, b) }
+        fn max_u(self, a: __m512i, b: __m512i) -> __m512i { _mm512_max_epu32(a, b) }
+        fn descend(self, index: __m512i, a: __m512, b: __m512) -> __m512i {
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b);
+            let doubled = _mm512_add_epi32(index, index);
+            _mm512_mask_sub_epi32(doubled, above, doubled, _mm512_set1_epi32(-1))
+        }
+        fn load_u8(self, x: &[u8; LANES]) -> __m512i { _mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast())) }
+        fn load_i8(self, x: &[u8; LANES]) -> __m512i { _mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast())) }
+        fn store_u8(self, v: __m512i, out: &mut [u8; LANES]) {
+            _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(v))
+        }
+        fn store_u(self, v: __m512i, out: &mut [u32; LANES]) { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) }
+    }
+}
+
+impl Isa for Avx2 {
+    type F = [__m256; 2];
+    type U = [__m256i; 2];
+
+    intrinsics! {
+        fn splat(self, v: f32) -> [__m256; 2] { [_mm256_set1_ps(v); 2] }
+        fn load(self, x: &[f32; LANES]) -> [__m256; 2] {
+            [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))]
+        }
+        fn store(self, v: [__m256; 2], out: &mut [f32; LANES]) {
+            _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1])
+        }
+        fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])]
+        }
+        fn sub(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])]
+        }
+        fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])]
+        }
+        fn div(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])]
+        }
+        fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+            [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
+        }
+        fn min(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])]
+        }
+        fn max(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])]
+        }
+        fn round_f16(self, v: [__m256; 2]) -> [__m256; 2] {
+            v.map(|v| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)))
+        }
+        fn from_int(self, v: [__m256i; 2]) -> [__m256; 2] { v.map(|v| _mm256_cvtepi32_ps(v)) }
+        fn lookup(self, table: [__m256; 2], index: [__m256i; 2]) -> [__m256; 2] {
+            index.map(|i| {
+                let low = _mm256_permutevar8x32_ps(table[0], i);
+                let high = _mm256_permutevar8x32_ps(table[1], i);
+                // Bit 3 of the index, moved to the sign, picks the half.
+                let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(i));
+                _mm256_blendv_ps(low, high, upper)
+            })
+        }
+        fn splat_u(self, v: u32) -> [__m256i; 2] { [_mm256_set1_epi32(v as i32); 2] }
+        fn bits(self, v: [__m256; 2]) -> [__m256i; 2] { v.map(|v| _mm256_castps_si256(v)) }
+        fn and(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+            [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])]
+        }
+        fn add_u(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+            [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
+        }
+        fn sub_u(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+            [_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])]
+        }
+        fn max_u(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+            [_mm256_max_epu32(a[0], b[0]), _mm256_max_epu32(a[1], b[1])]
+        }
+        fn descend(self, index: [__m256i; 2], a: [__m256; 2], b: [__m256; 2]) -> [__m256i; 2] {
+            std::array::from_fn(|h| {
+                let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a[h], b[h]));
+                _mm256_sub_epi32(_mm256_add_epi32(index[h], index[h]), above)
+            })
+        }
+        fn load_u8(self, x: &[u8; LANES]) -> [__m256i; 2] {
+            [
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(x.as_ptr().cast())),
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(x.as_ptr().add(8).cast())),
+            ]
+        }
+        fn load_i8(self, x: &[u8; LANES]) -> [__m256i; 2] {
+            [
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64(x.as_ptr().cast())),
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64(x.as_ptr().add(8).cast())),
+            ]
+        }
+        fn store_u8(self, v: [__m256i; 2], out: &mut [u8; LANES]) {
+            // The low byte of each lane, then the lanes back into order.
+            let low = _mm256_set1_epi32(0xff);
+            let words = _mm256_packus_epi32(_mm256_and_si256(v[0], low), _mm256_and_si256(v[1], low));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), bytes)
+        }
+        fn store_u(self, v: [__m256i; 2], out: &mut [u32; LANES]) {
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), v[0]);
+            _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), v[1])
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Quality on N(0, 1): SQNR and bits per weight that each format must reach.
+
+mod support;
+
+use support::{f32_tensor, gaussian, int, make, measure, name, yes};
+use viva_core::format::OptionValue;
+
+/// format, options, least SQNR in dB, most bits per weight (scales included).
+type Row = (&'static str, Vec<(&'static str, OptionValue)>, f64, f64);
+
+fn rows() -> Vec<Row> {
+    let dq = || ("double_quant", yes(true));
+    let mse = || ("method", name("mse"));
+    let block = |n| ("block_size", int(n));
+    let symmetric = |v| ("symmetric", yes(v));
+    vec![
+        ("int8", vec![], 41.2, 8.01),
+        ("int8", vec![("scale", name("absmax"))], 41.2, 8.01),
+        ("int8", vec![symmetric(false)], 41.2, 8.02),
+        ("int8", vec![("block_size", name("tensor"))], 38.0, 8.001),
+        ("int8", vec![block(64)], 44.5, 8.25),
+        ("int8", vec![block(32), mse()], 46.2, 8.5),
+        ("nf4", vec![], 20.72, 4.5),
+        ("nf4", vec![dq()], 20.72, 4.14),
+        ("nf4", vec![dq(), mse()], 21.4, 4.14),
+        ("fp4", vec![], 18.27, 4.5),
+        ("int4", vec![], 19.95, 4.17),
+        ("int4", vec![mse()], 20.44, 4.17),
+        ("int4", vec![symmetric(true), block(32)], 20.26, 4.5),
+        ("int4", vec![symmetric(true), block(32), mse()], 21.83, 4.5),
+    ]
+}
+
+#[test]
+fn every_format_reaches_its_sqnr_on_a_gaussian() {
+    let x = f32_tensor(&[1024, 4096], &gaussian(1024 * 4096, 1));
+    let mut missed = Vec::new();
+    for (format, options, db, bits) in rows() {
+        let (m, bpw) = measure(&x, &make(format, &options));
+        println!("{format:5} {options:?}: {:.2} dB, {bpw:.3} bpw", m.sqnr_db);
+        // The bars are given to two digits.
+        if m.sqnr_db < db - 0.005 || bpw > bits {
+            missed.push(format!(
+                "{format} {options:?}: {:.3} dB of {db}, {bpw:.3} bpw of {bits}",
+                m.sqnr_db
+            ));
+        }
+    }
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+}
+
+/// Mean absolute error on randn 1024², as bitsandbytes' own tests state it.
+#[test]
+fn four_bit_errors_are_those_of_bitsandbytes() {
+    let x = f32_tensor(&[1024, 1024], &gaussian(1024 * 1024, 7));
+    let expected = [
+        ("nf4", [0.067746, 0.072798, 0.076831, 0.080337]),
+        ("fp4", [0.088925, 0.096543, 0.102969, 0.108684]),
+    ];
+    for (format, errors) in expected {
+        for (block, error) in [32, 64, 128, 256].into_iter().zip(errors) {
+            let spec = make(format, &[("block_size", int(block))]);
+            let y = viva_core::ops::dequantize::dequantize(&support::quantized(&x, &spec)).unwrap();
+            let sum: f64 = x
+                .to_f32_vec()
+                .iter()
+                .zip(&y)
+                .map(|(a, b)| f64::from((a - b).abs()))
+                .sum();
+            let mean = sum / y.len() as f64;
+            assert!((mean - error).abs() < 4e-4, "{format} {block}: {mean}");
+        }
+    }
+}
