@@ -51,11 +51,15 @@ pub enum Error {
     UnsupportedDtype { op: String, dtype: String },
 
     /// Rows that the block size does not divide.
-    #[error("rows of {row} elements cannot be cut into blocks of {block}; choose a block_size that divides {row}")]
+    #[error(
+        "rows of {row} elements cannot be cut into blocks of {block}; choose a block_size that divides {row}"
+    )]
     Indivisible { row: usize, block: usize },
 
     /// NaN or infinity in data that has to be finite.
-    #[error("{nan} NaN and {inf} infinite values, the first at element {first}; repair the tensor, or keep it unquantized")]
+    #[error(
+        "{nan} NaN and {inf} infinite values, the first at element {first}; repair the tensor, or keep it unquantized"
+    )]
     NonFinite { nan: u64, inf: u64, first: u64 },
 
     /// A scale that its dtype cannot hold.

@@ -128,11 +128,7 @@ impl Quantized {
         }
         if declared.len() != self.parts.len() {
             return Err(Error::InvalidDump {
-                message: format!(
-                    "{} parts where {} belong",
-                    self.parts.len(),
-                    declared.len()
-                ),
+                message: format!("{} parts where {} belong", self.parts.len(), declared.len()),
             });
         }
         Ok(())
@@ -277,7 +273,10 @@ impl Options {
         match self.take(name) {
             None => Ok(default),
             Some(OptionValue::Bool(v)) => Ok(v),
-            Some(v) => Err(Error::option(name, format!("expected true or false, got {v}"))),
+            Some(v) => Err(Error::option(
+                name,
+                format!("expected true or false, got {v}"),
+            )),
         }
     }
 
@@ -334,7 +333,11 @@ pub fn format(name: &str) -> Result<&'static dyn Format> {
         .find(|f| f.name() == name)
         .ok_or_else(|| Error::UnknownFormat {
             name: name.into(),
-            known: FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", "),
+            known: FORMATS
+                .iter()
+                .map(|f| f.name())
+                .collect::<Vec<_>>()
+                .join(", "),
         })
 }
 

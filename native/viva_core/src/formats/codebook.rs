@@ -238,11 +238,7 @@ enum Absmax<'a> {
 
 impl Absmax<'_> {
     /// The absmax of blocks `range`, into `scratch` where they are not in place.
-    fn chunk<'a>(
-        &'a self,
-        range: std::ops::Range<usize>,
-        scratch: &'a mut Vec<f32>,
-    ) -> &'a [f32] {
+    fn chunk<'a>(&'a self, range: std::ops::Range<usize>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
         match self {
             Absmax::Plain(tensor) => tensor.f32_chunk(range, scratch),
             Absmax::Nested {

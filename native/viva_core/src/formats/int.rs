@@ -162,9 +162,7 @@ impl Format for Int {
     fn check_shape(&self, spec: &Spec, shape: &[usize]) -> Result<()> {
         let row = shape.last().copied().unwrap_or(1);
         match spec.granularity {
-            Granularity::Block(block) if row % block != 0 => {
-                Err(Error::Indivisible { row, block })
-            }
+            Granularity::Block(block) if row % block != 0 => Err(Error::Indivisible { row, block }),
             _ => Ok(()),
         }
     }

@@ -1,1 +1,50 @@
 //! Checkpoint files: reading in place, writing in a stream.
+//!
+//! Reading: [`Checkpoint`] finds the files of a model, [`SafetensorsFile`]
+//! checks and maps one of them, and tensors share the mapping. Writing:
+//! [`ShardWriter`] fills one file from many threads, [`OutputDir`] makes a
+//! directory appear under its final name only when it is complete and synced.
+
+mod checkpoint;
+mod companions;
+mod entry;
+mod header;
+mod mapped;
+mod output;
+mod safetensors;
+mod shards;
+mod writer;
+
+pub use checkpoint::Checkpoint;
+pub use companions::Companion;
+pub use entry::{Entry, EntryDType};
+pub use mapped::{Mapped, mapped_bytes};
+pub use output::OutputDir;
+pub use safetensors::SafetensorsFile;
+pub use shards::{WrittenShard, index_json, plan_shards, shard_name};
+pub use writer::{FixedEntry, LateEntry, ShardWriter};
+
+use std::path::{Component, Path};
+
+use crate::error::Error;
+
+/// Whether a relative path names something below the directory it is joined to.
+fn stays_inside(relative: &Path) -> bool {
+    relative.file_name().is_some()
+        && relative
+            .components()
+            .all(|c| matches!(c, Component::Normal(_)))
+}
+
+fn invalid(path: &Path, message: impl Into<String>) -> Error {
+    Error::InvalidFile {
+        path: path.display().to_string(),
+        message: message.into(),
+    }
+}
+
+/// The last part of a path, for messages and indexes.
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .map_or(String::new(), |n| n.to_string_lossy().into_owned())
+}

@@ -57,13 +57,7 @@ impl Best {
     /// Tries the codes that `code` makes of x (zero of zero); `zero` is
     /// remembered with them.
     #[inline(always)]
-    pub fn attempt<I: Isa>(
-        &mut self,
-        isa: I,
-        x: &[f32],
-        zero: f32,
-        code: impl Fn(I::F) -> I::F,
-    ) {
+    pub fn attempt<I: Isa>(&mut self, isa: I, x: &[f32], zero: f32, code: impl Fn(I::F) -> I::F) {
         let mut xv = isa.splat(0.0);
         let mut vv = isa.splat(0.0);
         vectors(isa, x, |x| {

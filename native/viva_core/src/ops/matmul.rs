@@ -18,7 +18,10 @@ pub fn matmul_shape(x: &Tensor, q: &Quantized) -> Result<Vec<usize>> {
     let &[n, k] = q.shape.as_slice() else {
         return Err(Error::ShapeMismatch {
             what: "matmul takes a quantized matrix [n, k]".into(),
-            expected: vec![q.shape.iter().rev().skip(1).product(), *q.shape.last().unwrap_or(&1)],
+            expected: vec![
+                q.shape.iter().rev().skip(1).product(),
+                *q.shape.last().unwrap_or(&1),
+            ],
             actual: q.shape.clone(),
         });
     };

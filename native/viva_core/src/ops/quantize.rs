@@ -5,8 +5,8 @@ use rayon::prelude::*;
 use super::{CHUNK, Cancel, pool};
 use crate::error::{Error, Result};
 use crate::format::{Extremes, Part, Quantized, Spec};
-use crate::simd::stats::{IsFinite, RangeWithZero};
 use crate::simd::dispatch;
+use crate::simd::stats::{IsFinite, RangeWithZero};
 use crate::tensor::{Buffer, Tensor};
 
 /// Quantizes `x` as `spec` says. The result does not depend on the number of
@@ -81,12 +81,7 @@ struct Task<'a> {
 
 /// Cuts `n` elements into runs of blocks that begin on a whole byte in every
 /// part, and hands each run its own piece of the buffers.
-fn cut<'a>(
-    n: usize,
-    block_len: usize,
-    parts: &[Part],
-    buffers: &'a mut [Buffer],
-) -> Vec<Task<'a>> {
+fn cut<'a>(n: usize, block_len: usize, parts: &[Part], buffers: &'a mut [Buffer]) -> Vec<Task<'a>> {
     let mut step = 1;
     while parts.iter().any(|p| p.block_bits * step % 8 != 0) {
         step *= 2;

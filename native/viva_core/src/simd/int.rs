@@ -153,7 +153,9 @@ impl Grid {
                     let zero = self.with_zero(scale, -low).zero as f32;
                     let (lo, hi) = (self.lo as f32 - zero, self.hi as f32 - zero);
                     let inv = isa.splat(1.0 / scale);
-                    best.attempt(isa, x, zero, |v| round_clamped(isa, isa.mul(v, inv), lo, hi));
+                    best.attempt(isa, x, zero, |v| {
+                        round_clamped(isa, isa.mul(v, inv), lo, hi)
+                    });
                 }
             }
         }
@@ -216,9 +218,15 @@ impl Op for Encode<'_> {
                 *scale = most;
                 // Two roundings, as torch divides a number by a tensor; f16 has
                 // no magnitude so small that its reciprocal overflows.
-                let inv = if most > 0.0 { (1.0 / most) * 127.0 } else { 0.0 };
+                let inv = if most > 0.0 {
+                    (1.0 / most) * 127.0
+                } else {
+                    0.0
+                };
                 let inv = isa.splat(inv);
-                codes(isa, x, out, (lo, hi), offset, |v| isa.mul(isa.round_f16(v), inv));
+                codes(isa, x, out, (lo, hi), offset, |v| {
+                    isa.mul(isa.round_f16(v), inv)
+                });
                 continue;
             }
             let fit = match self.choice {

@@ -1,5 +1,7 @@
 //! Two 4-bit codes a byte.
 
+use super::{Isa, Op, dispatch};
+
 /// Which element of a pair lies in the low four bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -9,8 +11,28 @@ pub enum Order {
 
 /// Packs one code a byte into two codes a byte. An odd last code stands alone
 /// with a zero beside it.
-#[inline(always)]
 pub fn pack(order: Order, codes: &[u8], out: &mut [u8]) {
+    dispatch(Pack { order, codes, out });
+}
+
+struct Pack<'a> {
+    order: Order,
+    codes: &'a [u8],
+    out: &'a mut [u8],
+}
+
+impl Op for Pack<'_> {
+    type Output = ();
+
+    // Bytes in, bytes out: the compiler's own vectors do.
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) {
+        pack_bytes(self.order, self.codes, self.out);
+    }
+}
+
+#[inline(always)]
+fn pack_bytes(order: Order, codes: &[u8], out: &mut [u8]) {
     let (pairs, tail) = codes.as_chunks::<2>();
     match order {
         Order::LowFirst => {

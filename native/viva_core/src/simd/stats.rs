@@ -50,7 +50,9 @@ pub fn range_with_zero<I: Isa>(isa: I, x: &[f32]) -> (f32, f32) {
     isa.store(high, &mut highs);
     (
         lows.into_iter().fold(0.0, |m, v| if v < m { v } else { m }),
-        highs.into_iter().fold(0.0, |m, v| if v > m { v } else { m }),
+        highs
+            .into_iter()
+            .fold(0.0, |m, v| if v > m { v } else { m }),
     )
 }
 

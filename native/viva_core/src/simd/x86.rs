@@ -33,7 +33,15 @@ macro_rules! token {
     };
 }
 
-token!(Avx2, run_avx2, "avx2,fma,f16c,bmi2", "avx2", "fma", "f16c", "bmi2");
+token!(
+    Avx2,
+    run_avx2,
+    "avx2,fma,f16c,bmi2",
+    "avx2",
+    "fma",
+    "f16c",
+    "bmi2"
+);
 token!(
     Avx512,
     run_avx512,

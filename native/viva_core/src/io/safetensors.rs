@@ -1,0 +1,130 @@
+//! One safetensors file, checked once and read in place.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+
+use super::entry::{Entry, EntryDType, unknown_tensor};
+use super::header::Header;
+use super::invalid;
+use super::mapped::Mapped;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// A safetensors file, mapped. Tensors share the mapping and keep it alive.
+#[derive(Debug)]
+pub struct SafetensorsFile {
+    map: Arc<Mapped>,
+    /// Offset in the file, in bytes, of the data that entries count from.
+    data_start: usize,
+    entries: Vec<Entry>,
+    by_name: HashMap<String, usize>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl SafetensorsFile {
+    /// Maps the file and checks its whole header.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be read, [`Error::InvalidFile`] with what is
+    /// wrong when it is no valid safetensors file.
+    pub fn open(path: impl AsRef<Path>) -> Result<SafetensorsFile> {
+        let path = path.as_ref();
+        let map = Mapped::open(path)?;
+        let (header, data_start) =
+            Header::read(map.as_ref()).map_err(|message| invalid(path, message))?;
+        // The header is in our own memory now.
+        map.give_back(0..data_start);
+        let by_name = (header.entries.iter().enumerate())
+            .map(|(i, e)| (e.name.clone(), i))
+            .collect();
+        Ok(SafetensorsFile {
+            map: Arc::new(map),
+            data_start,
+            entries: header.entries,
+            by_name,
+            metadata: header.metadata,
+        })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        self.map.path()
+    }
+
+    /// Length of the whole file in bytes.
+    pub fn file_bytes(&self) -> usize {
+        self.map.len()
+    }
+
+    /// All entries, in the order of their bytes in the file.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The strings under `__metadata__`; empty where there are none.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// The entry of that name.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], with a similar name where there is one.
+    pub fn entry(&self, name: &str) -> Result<&Entry> {
+        match self.by_name.get(name) {
+            Some(&i) => Ok(&self.entries[i]),
+            None => Err(unknown_tensor(
+                name,
+                self.entries.iter().map(|e| e.name.as_str()),
+            )),
+        }
+    }
+
+    /// The tensor of that name, in place.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], or [`Error::UnsupportedDtype`] for an entry
+    /// that can only be carried through as [`bytes`](Self::bytes).
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let entry = self.entry(name)?;
+        let EntryDType::Known(dtype) = entry.dtype else {
+            return Err(Error::UnsupportedDtype {
+                op: format!("reading tensor {name:?}"),
+                dtype: entry.dtype.name(),
+            });
+        };
+        let map = Arc::clone(&self.map);
+        Tensor::new(dtype, entry.shape.clone(), map, self.in_file(entry))
+    }
+
+    /// The bytes of the entry of that name, in place.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`].
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let range = self.in_file(self.entry(name)?);
+        Ok(&(*self.map).as_ref()[range])
+    }
+
+    /// Drops the resident pages of that entry; see [`Mapped::give_back`].
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`].
+    pub fn give_back(&self, name: &str) -> Result<()> {
+        self.map.give_back(self.in_file(self.entry(name)?));
+        Ok(())
+    }
+
+    /// Checks that the file was not cut or grown since it was opened.
+    ///
+    /// # Errors
+    /// [`Error::InvalidFile`] when it was.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.map.check_unchanged()
+    }
+
+    fn in_file(&self, entry: &Entry) -> std::ops::Range<usize> {
+        self.data_start + entry.range.start..self.data_start + entry.range.end
+    }
+}

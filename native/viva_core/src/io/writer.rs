@@ -1,0 +1,424 @@
+//! Writing one safetensors file in place, in any order, from many threads.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+
+use super::entry::{Entry, EntryDType, unknown_tensor};
+use super::header::{Header, LENGTH_BYTES, MAX_HEADER, METADATA};
+use super::shards::WrittenShard;
+use super::{file_name, invalid};
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// A tensor whose size is known before anything is written.
+#[derive(Clone, Debug)]
+pub struct FixedEntry {
+    pub name: String,
+    pub dtype: EntryDType,
+    pub shape: Vec<usize>,
+}
+
+/// A u8 vector whose length is known only once its content is.
+#[derive(Clone, Debug)]
+pub struct LateEntry {
+    pub name: String,
+    /// The most bytes that it may have.
+    pub max_len: usize,
+}
+
+/// Writes one safetensors file. All methods take `&self`: threads share it.
+///
+/// The disk space is reserved when it is made, so that a full disk is found out
+/// before the work is done. Until [`finish`](Self::finish) returns, the file is
+/// no valid safetensors file: it belongs into an [`OutputDir`](super::OutputDir).
+#[derive(Debug)]
+pub struct ShardWriter {
+    path: PathBuf,
+    /// `None` once the file is finished.
+    file: RwLock<Option<File>>,
+    metadata: BTreeMap<String, String>,
+    /// Bytes that the header is padded to.
+    header_len: usize,
+    fixed: Vec<Slot>,
+    by_name: HashMap<String, usize>,
+    late: Mutex<Vec<LateSlot>>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    entry: Entry,
+    written: Mutex<Coverage>,
+}
+
+#[derive(Debug)]
+struct LateSlot {
+    entry: LateEntry,
+    bytes: Option<Vec<u8>>,
+}
+
+impl ShardWriter {
+    /// Creates the file, which must not exist, and reserves its disk space.
+    ///
+    /// Tensors with wide elements come first, so that every tensor is aligned;
+    /// otherwise they keep the order given. Late entries follow at the end.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with code `enospc` when the disk has no room for it;
+    /// [`Error::InvalidFile`] when two entries have one name, or there are too
+    /// many of them for one header; [`Error::ShapeOverflow`].
+    pub fn create(
+        path: impl AsRef<Path>,
+        mut fixed: Vec<FixedEntry>,
+        late: Vec<LateEntry>,
+        metadata: BTreeMap<String, String>,
+    ) -> Result<ShardWriter> {
+        let path = path.as_ref().to_path_buf();
+        let names = || (fixed.iter().map(|e| &e.name)).chain(late.iter().map(|e| &e.name));
+        let mut seen = HashSet::from([METADATA]);
+        if let Some(twice) = names().find(|n| !seen.insert(n)) {
+            return Err(invalid(
+                &path,
+                format!("cannot hold two tensors named {twice:?}"),
+            ));
+        }
+
+        fixed.sort_by_key(|e| Reverse(e.dtype.bits()));
+        let mut slots = Vec::with_capacity(fixed.len());
+        let mut end = 0usize;
+        for FixedEntry { name, dtype, shape } in fixed {
+            let start = end;
+            end = start
+                .checked_add(dtype.nbytes(&shape)?)
+                .filter(|&end| end < isize::MAX as usize)
+                .ok_or_else(|| Error::ShapeOverflow {
+                    shape: shape.clone(),
+                })?;
+            let entry = Entry {
+                name,
+                dtype,
+                shape,
+                range: start..end,
+            };
+            slots.push(Slot {
+                entry,
+                written: Mutex::default(),
+            });
+        }
+        for entry in &late {
+            end = end
+                .checked_add(entry.max_len)
+                .filter(|&end| end < isize::MAX as usize)
+                .ok_or_else(|| Error::ShapeOverflow {
+                    shape: vec![entry.max_len],
+                })?;
+        }
+        let by_name = (slots.iter().enumerate())
+            .map(|(i, s)| (s.entry.name.clone(), i))
+            .collect();
+        let mut writer = ShardWriter {
+            path,
+            file: RwLock::new(None),
+            metadata,
+            header_len: 0,
+            fixed: slots,
+            by_name,
+            late: Mutex::default(),
+        };
+
+        // Numbers only get shorter when the late lengths are known.
+        let longest: Vec<usize> = late.iter().map(|e| e.max_len).collect();
+        let header = writer.header(&late, &longest);
+        writer.header_len = header_json(&header).len().next_multiple_of(8);
+        if writer.header_len > MAX_HEADER {
+            return Err(invalid(
+                &writer.path,
+                format!(
+                    "{} tensors need a header of {} bytes, and {MAX_HEADER} is the most; choose \
+                     a smaller max_shard_size",
+                    header.entries.len(),
+                    writer.header_len
+                ),
+            ));
+        }
+        let len = writer.data_start() + header.entries.last().map_or(0, |e| e.range.end);
+        writer.file = RwLock::new(Some(create_file(&writer.path, len as u64)?));
+        writer.late = Mutex::new(
+            late.into_iter()
+                .map(|entry| LateSlot { entry, bytes: None })
+                .collect(),
+        );
+        Ok(writer)
+    }
+
+    /// The path of the file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes a whole tensor. Writing it again replaces it.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], [`Error::SizeMismatch`], or [`Error::Io`].
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let slot = self.slot(name)?;
+        if bytes.len() != slot.entry.nbytes() {
+            return Err(Error::SizeMismatch {
+                what: format!("bytes of tensor {name:?}"),
+                expected: slot.entry.nbytes(),
+                actual: bytes.len(),
+            });
+        }
+        self.write_slot(slot, 0, bytes)
+    }
+
+    /// Writes part of a tensor, `offset` bytes after its start. Parts may come
+    /// in any order, and may be written again.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], [`Error::SizeMismatch`] for a part that ends
+    /// past the tensor's end, or [`Error::Io`].
+    pub fn write_at(&self, name: &str, offset: usize, bytes: &[u8]) -> Result<()> {
+        let slot = self.slot(name)?;
+        let end = offset.saturating_add(bytes.len());
+        if end > slot.entry.nbytes() {
+            return Err(Error::SizeMismatch {
+                what: format!("end in bytes of a part of tensor {name:?}, at most"),
+                expected: slot.entry.nbytes(),
+                actual: end,
+            });
+        }
+        self.write_slot(slot, offset, bytes)
+    }
+
+    /// Sets the content of a late entry, kept in memory until the file is
+    /// finished.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], or [`Error::SizeMismatch`] when it is longer
+    /// than was said.
+    pub fn write_late(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let mut late = lock(&self.late);
+        let Some(slot) = late.iter_mut().find(|s| s.entry.name == name) else {
+            return Err(unknown_tensor(
+                name,
+                late.iter().map(|s| s.entry.name.as_str()),
+            ));
+        };
+        if bytes.len() > slot.entry.max_len {
+            return Err(Error::SizeMismatch {
+                what: format!("bytes of late tensor {name:?}, at most"),
+                expected: slot.entry.max_len,
+                actual: bytes.len(),
+            });
+        }
+        slot.bytes = Some(bytes.to_vec());
+        Ok(())
+    }
+
+    /// Writes what comes last – late entries and the header –, cuts the file to
+    /// its length, syncs it to the disk and closes it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidFile`] when a tensor is not wholly written (it can still
+    /// be, and `finish` called again) or the file is finished already;
+    /// [`Error::Io`].
+    pub fn finish(&self) -> Result<WrittenShard> {
+        let mut guard = self.file.write().unwrap_or_else(PoisonError::into_inner);
+        let file = guard.as_ref().ok_or_else(|| self.already_finished())?;
+        let late = lock(&self.late);
+        self.check_complete(&late)?;
+
+        let lengths: Vec<usize> = (late.iter())
+            .map(|s| s.bytes.as_ref().map_or(0, Vec::len))
+            .collect();
+        let entries: Vec<LateEntry> = late.iter().map(|s| s.entry.clone()).collect();
+        let header = self.header(&entries, &lengths);
+        let mut start = (self.header_len as u64).to_le_bytes().to_vec();
+        start.extend(header_json(&header));
+        start.resize(self.data_start(), b' ');
+
+        let late_start = self.fixed.last().map_or(0, |s| s.entry.range.end);
+        let late_bytes = late.iter().filter_map(|s| s.bytes.as_deref());
+        let late_bytes = late_bytes.collect::<Vec<_>>().concat();
+        let file_bytes = self.data_start() + late_start + late_bytes.len();
+        let io = |e: std::io::Error| Error::io(&self.path, &e);
+        file.write_all_at(&late_bytes, (self.data_start() + late_start) as u64)
+            .map_err(io)?;
+        file.write_all_at(&start, 0).map_err(io)?;
+        file.set_len(file_bytes as u64).map_err(io)?;
+        file.sync_all().map_err(io)?;
+        *guard = None;
+
+        let sizes = header.entries.into_iter();
+        Ok(WrittenShard {
+            file: file_name(&self.path),
+            file_bytes,
+            tensors: sizes.map(|e| (e.name, e.range.len())).collect(),
+        })
+    }
+
+    fn check_complete(&self, late: &[LateSlot]) -> Result<()> {
+        for Slot { entry, written } in &self.fixed {
+            let written = lock(written).bytes();
+            if written != entry.nbytes() {
+                return Err(invalid(
+                    &self.path,
+                    format!(
+                        "cannot be finished: {written} of the {} bytes of tensor {:?} are written",
+                        entry.nbytes(),
+                        entry.name
+                    ),
+                ));
+            }
+        }
+        match late.iter().find(|s| s.bytes.is_none()) {
+            None => Ok(()),
+            Some(slot) => Err(invalid(
+                &self.path,
+                format!(
+                    "cannot be finished: late tensor {:?} is not written",
+                    slot.entry.name
+                ),
+            )),
+        }
+    }
+
+    fn write_slot(&self, slot: &Slot, offset: usize, bytes: &[u8]) -> Result<()> {
+        let guard = self.file.read().unwrap_or_else(PoisonError::into_inner);
+        let file = guard.as_ref().ok_or_else(|| self.already_finished())?;
+        let at = self.data_start() + slot.entry.range.start + offset;
+        file.write_all_at(bytes, at as u64)
+            .map_err(|e| Error::io(&self.path, &e))?;
+        lock(&slot.written).add(offset..offset + bytes.len());
+        Ok(())
+    }
+
+    /// The header for late entries of these lengths.
+    fn header(&self, late: &[LateEntry], lengths: &[usize]) -> Header {
+        let mut entries: Vec<Entry> = self.fixed.iter().map(|s| s.entry.clone()).collect();
+        let mut start = entries.last().map_or(0, |e| e.range.end);
+        for (entry, &len) in late.iter().zip(lengths) {
+            entries.push(Entry {
+                name: entry.name.clone(),
+                dtype: EntryDType::Known(DType::U8),
+                shape: vec![len],
+                range: start..start + len,
+            });
+            start += len;
+        }
+        Header {
+            metadata: self.metadata.clone(),
+            entries,
+        }
+    }
+
+    fn slot(&self, name: &str) -> Result<&Slot> {
+        match self.by_name.get(name) {
+            Some(&i) => Ok(&self.fixed[i]),
+            None => Err(unknown_tensor(
+                name,
+                self.fixed.iter().map(|s| s.entry.name.as_str()),
+            )),
+        }
+    }
+
+    fn data_start(&self) -> usize {
+        LENGTH_BYTES + self.header_len
+    }
+
+    fn already_finished(&self) -> Error {
+        invalid(&self.path, "is finished already")
+    }
+}
+
+/// Which bytes of a tensor were written. Counting would not do: a part may be
+/// written twice when the worker that wrote it is restarted.
+#[derive(Debug, Default)]
+struct Coverage {
+    /// Sorted, apart from each other, none empty.
+    ranges: Vec<Range<usize>>,
+}
+
+impl Coverage {
+    fn add(&mut self, mut part: Range<usize>) {
+        if part.is_empty() {
+            return;
+        }
+        let first = self.ranges.partition_point(|r| r.end < part.start);
+        let last = self.ranges.partition_point(|r| r.start <= part.end);
+        if let Some(touched) = self.ranges.get(first..last).filter(|t| !t.is_empty()) {
+            part.start = part.start.min(touched[0].start);
+            part.end = part.end.max(touched[touched.len() - 1].end);
+        }
+        self.ranges.splice(first..last, [part]);
+    }
+
+    fn bytes(&self) -> usize {
+        self.ranges.iter().map(Range::len).sum()
+    }
+}
+
+/// Creates a file that must not exist, with `len` bytes reserved on the disk.
+fn create_file(path: &Path, len: u64) -> Result<File> {
+    let io = |e: std::io::Error| Error::io(path, &e);
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .map_err(io)?;
+    let reserved = loop {
+        match fallocate(&file, FallocateFlags::empty(), 0, len) {
+            Err(Errno::INTR) => continue,
+            other => break other,
+        }
+    };
+    match reserved {
+        Ok(()) => Ok(file),
+        // A file system that cannot reserve space: a full disk shows later.
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.set_len(len).map_err(io).map(|()| file),
+        Err(e) => Err(io(e.into())),
+    }
+}
+
+fn header_json(header: &Header) -> Vec<u8> {
+    // Strings and numbers only: there is nothing that JSON could not spell.
+    serde_json::to_vec(header).unwrap_or_default()
+}
+
+// A panic elsewhere leaves nothing half-done behind these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Coverage;
+
+    #[test]
+    fn coverage_merges_parts_in_any_order() {
+        let mut c = Coverage::default();
+        for (part, bytes) in [
+            (10..20, 10),
+            (0..5, 15),
+            (30..40, 25),
+            (5..10, 30),
+            (12..18, 30),
+            (20..30, 40),
+            (40..40, 40),
+            (0..45, 45),
+        ] {
+            c.add(part.clone());
+            assert_eq!(c.bytes(), bytes, "after {part:?}");
+            assert!(c.ranges.windows(2).all(|w| w[0].end < w[1].start));
+        }
+        assert_eq!(c.ranges.len(), 1);
+    }
+}
