@@ -170,6 +170,9 @@ pub trait Format: Send + Sync {
     /// Fixes every choice from what the user gave, or says what to change.
     fn resolve(&self, options: &mut Options) -> Result<Spec>;
 
+    /// The spec as the options that would give it again.
+    fn options(&self, spec: &Spec) -> Vec<(&'static str, OptionValue)>;
+
     /// Whether a tensor of this shape can be cut as the spec says.
     fn check_shape(&self, spec: &Spec, shape: &[usize]) -> Result<()>;
 
@@ -236,6 +239,40 @@ impl std::fmt::Display for OptionValue {
             OptionValue::Float(v) => write!(f, "{v}"),
             OptionValue::Name(v) => write!(f, "{v:?}"),
         }
+    }
+}
+
+impl From<Method> for OptionValue {
+    fn from(method: Method) -> OptionValue {
+        OptionValue::Name(
+            match method {
+                Method::Rtn => "rtn",
+                Method::Mse => "mse",
+            }
+            .into(),
+        )
+    }
+}
+
+impl From<Granularity> for OptionValue {
+    fn from(granularity: Granularity) -> OptionValue {
+        match granularity {
+            Granularity::Tensor => OptionValue::Name("tensor".into()),
+            Granularity::Row => OptionValue::Name("row".into()),
+            Granularity::Block(n) => OptionValue::Int(n as i64),
+        }
+    }
+}
+
+impl From<Scale> for OptionValue {
+    fn from(scale: Scale) -> OptionValue {
+        OptionValue::Name(
+            match scale {
+                Scale::Step => "step",
+                Scale::Absmax => "absmax",
+            }
+            .into(),
+        )
     }
 }
 

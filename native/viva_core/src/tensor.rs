@@ -124,7 +124,7 @@ impl Buffer {
     }
 
     /// The bytes, to be filled in.
-    pub fn as_mut(&mut self) -> &mut [u8] {
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut bytemuck::cast_slice_mut(&mut self.words)[..self.len]
     }
 }
@@ -213,7 +213,7 @@ impl Tensor {
     ) -> Result<Tensor> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         let mut buffer = Buffer::zeroed(bytes.len());
-        buffer.as_mut().copy_from_slice(bytes);
+        buffer.bytes_mut().copy_from_slice(bytes);
         Tensor::from_buffer(dtype, shape.to_vec(), buffer)
     }
 

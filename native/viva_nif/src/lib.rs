@@ -1,6 +1,14 @@
-#[rustler::nif]
-fn version() -> &'static str {
-    env!("CARGO_PKG_VERSION")
-}
+//! The NIF library of viva_tensor: terms in, `viva_core`, terms out. No
+//! arithmetic lives here.
+
+mod checkpoint;
+mod error;
+mod job;
+mod json;
+mod quantized;
+mod resource;
+mod system;
+mod tensor;
+mod terms;
 
 rustler::init!("Elixir.VivaTensor.Native");

@@ -116,6 +116,14 @@ impl Format for Codebook4 {
         })
     }
 
+    fn options(&self, spec: &Spec) -> Vec<(&'static str, OptionValue)> {
+        vec![
+            ("method", spec.method.into()),
+            ("block_size", spec.granularity.into()),
+            ("double_quant", OptionValue::Bool(spec.double_quant)),
+        ]
+    }
+
     fn check_shape(&self, _spec: &Spec, _shape: &[usize]) -> Result<()> {
         Ok(())
     }

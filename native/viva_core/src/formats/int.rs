@@ -159,6 +159,19 @@ impl Format for Int {
         })
     }
 
+    fn options(&self, spec: &Spec) -> Vec<(&'static str, OptionValue)> {
+        vec![
+            ("method", spec.method.into()),
+            ("block_size", spec.granularity.into()),
+            ("symmetric", OptionValue::Bool(spec.symmetric)),
+            ("scale", spec.scale.into()),
+            (
+                "scale_dtype",
+                OptionValue::Name(spec.scale_dtype.name().into()),
+            ),
+        ]
+    }
+
     fn check_shape(&self, spec: &Spec, shape: &[usize]) -> Result<()> {
         let row = shape.last().copied().unwrap_or(1);
         match spec.granularity {

@@ -88,7 +88,7 @@ fn cut<'a>(n: usize, block_len: usize, parts: &[Part], buffers: &'a mut [Buffer]
     }
     let blocks = (CHUNK / block_len / step).max(1) * step;
     let len = blocks * block_len;
-    let mut rest: Vec<&mut [u8]> = buffers.iter_mut().map(Buffer::as_mut).collect();
+    let mut rest: Vec<&mut [u8]> = buffers.iter_mut().map(Buffer::bytes_mut).collect();
     let mut tasks = Vec::with_capacity(n / len + 1);
     let mut start = 0;
     while start < n {

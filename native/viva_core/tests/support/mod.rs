@@ -1,24 +1,48 @@
-//! What several test files need: seeded Gaussian data and specs from names.
+//! What several test files need: seeded data, specs from names, a run at every
+//! ISA level.
+
+// Each test file is a crate of its own and uses a part of this.
+#![allow(dead_code)]
+
+use std::hash::{DefaultHasher, Hasher};
+use std::process::Command;
+use std::sync::Arc;
 
 use viva_core::format::{OptionValue, Quantized, Spec, spec};
 use viva_core::ops::metrics::Metrics;
-use viva_core::ops::{Cancel, metrics, quantize};
-use viva_core::tensor::{DType, Tensor};
+use viva_core::ops::{Cancel, dequantize, metrics, quantize};
+use viva_core::simd;
+use viva_core::tensor::{DType, Tensor, narrow};
 
-/// `n` draws of N(0, 1), the same on every machine (SplitMix64, Box–Muller).
-pub fn gaussian(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    let mut uniform = move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
+/// SplitMix64: the same numbers on every machine.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    };
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.bits() % n as u64) as usize
+    }
+
+    /// In [0, 1).
+    pub fn uniform(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// `n` draws of N(0, 1), by Box and Muller.
+pub fn gaussian(n: usize, seed: u64) -> Vec<f32> {
+    let mut random = Random(seed);
     let mut out = Vec::with_capacity(n + 1);
     while out.len() < n {
-        let r = (-2.0 * (1.0 - uniform()).ln()).sqrt();
-        let (sin, cos) = (std::f64::consts::TAU * uniform()).sin_cos();
+        let r = (-2.0 * (1.0 - random.uniform()).ln()).sqrt();
+        let (sin, cos) = (std::f64::consts::TAU * random.uniform()).sin_cos();
         out.push((r * cos) as f32);
         out.push((r * sin) as f32);
     }
@@ -38,16 +62,68 @@ pub fn yes(v: bool) -> OptionValue {
     OptionValue::Bool(v)
 }
 
-pub fn make(format: &str, options: &[(&str, OptionValue)]) -> Spec {
+pub fn try_make(format: &str, options: &[(&str, OptionValue)]) -> viva_core::Result<Spec> {
     let options = options
         .iter()
         .map(|(n, v)| (n.to_string(), v.clone()))
         .collect();
-    spec(format, options).unwrap()
+    spec(format, options)
+}
+
+pub fn make(format: &str, options: &[(&str, OptionValue)]) -> Spec {
+    try_make(format, options).unwrap()
+}
+
+/// One spec of every kind of arithmetic and of storage, with blocks that rows
+/// of a multiple of 32 take.
+pub fn every_spec() -> Vec<Spec> {
+    let mse = || ("method", name("mse"));
+    let block = |n| ("block_size", int(n));
+    let symmetric = |v| ("symmetric", yes(v));
+    let tensor = || ("block_size", name("tensor"));
+    let row = || ("block_size", name("row"));
+    let scale_dtype = |v| ("scale_dtype", name(v));
+    vec![
+        make("int8", &[]),
+        make("int8", &[scale_dtype("f16")]),
+        make("int8", &[symmetric(false)]),
+        make("int8", &[tensor()]),
+        make("int8", &[tensor(), symmetric(false)]),
+        make("int8", &[block(32), mse()]),
+        make("int8", &[block(16), symmetric(false), mse()]),
+        make("int8", &[("scale", name("absmax"))]),
+        make("int8", &[("scale", name("absmax")), tensor()]),
+        make("int4", &[block(32)]),
+        make("int4", &[block(32), mse()]),
+        make("int4", &[row(), scale_dtype("bf16")]),
+        make("int4", &[tensor(), scale_dtype("f32")]),
+        make("int4", &[block(16), symmetric(true)]),
+        make("int4", &[block(32), symmetric(true), mse()]),
+        make("nf4", &[]),
+        make("nf4", &[mse()]),
+        make("nf4", &[block(32), ("double_quant", yes(true))]),
+        make("fp4", &[block(128)]),
+        make("fp4", &[mse(), ("double_quant", yes(true))]),
+    ]
 }
 
 pub fn f32_tensor(shape: &[usize], data: &[f32]) -> Tensor {
     Tensor::from_slice(DType::F32, shape, data).unwrap()
+}
+
+/// The values rounded to `dtype`, at an address that no element may have.
+pub fn unaligned_tensor(dtype: DType, shape: &[usize], data: &[f32]) -> Tensor {
+    let mut bytes = vec![0u8; data.len() * dtype.size() + 1];
+    narrow(dtype, data, &mut bytes[1..]).unwrap();
+    let n = bytes.len();
+    Tensor::new(dtype, shape.to_vec(), Arc::new(bytes), 1..n).unwrap()
+}
+
+/// The values rounded to `dtype`.
+pub fn float_tensor(dtype: DType, shape: &[usize], data: &[f32]) -> Tensor {
+    let mut bytes = vec![0u8; data.len() * dtype.size()];
+    narrow(dtype, data, &mut bytes).unwrap();
+    Tensor::from_slice(dtype, shape, &bytes).unwrap()
 }
 
 pub fn quantized(x: &Tensor, spec: &Spec) -> Quantized {
@@ -56,8 +132,71 @@ pub fn quantized(x: &Tensor, spec: &Spec) -> Quantized {
     q
 }
 
+/// The dequantized values as a tensor of `dtype`.
+pub fn dequantized(q: &Quantized, dtype: DType) -> Tensor {
+    let mut bytes = vec![0u8; dequantize::dequantized_len(q, dtype)];
+    dequantize::dequantize_into(q, dtype, &mut bytes, &Cancel::new()).unwrap();
+    Tensor::from_slice(dtype, &q.shape, &bytes).unwrap()
+}
+
 pub fn measure(x: &Tensor, spec: &Spec) -> (Metrics, f64) {
     let q = quantized(x, spec);
     let m = metrics::quantized(x, &q, &Cancel::new()).unwrap();
     (m, q.bits_per_weight())
+}
+
+pub fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|v| v.to_bits()).collect()
+}
+
+/// What a check computed, reduced to one number that levels must share.
+#[derive(Default)]
+pub struct Digest(DefaultHasher);
+
+impl Digest {
+    pub fn bytes(&mut self, bytes: &[u8]) {
+        self.0.write_usize(bytes.len());
+        self.0.write(bytes);
+    }
+
+    pub fn parts(&mut self, q: &Quantized) {
+        for (_, part) in &q.parts {
+            self.bytes(part.bytes());
+        }
+    }
+}
+
+/// Runs `check` at every ISA level that this machine has, each in a process of
+/// its own, and asserts that all levels computed the same. `test` is the name
+/// of the calling test. Where VIVA_TENSOR_ISA is set, that level alone runs.
+pub fn on_every_level(test: &str, check: impl FnOnce(&mut Digest)) {
+    const FORCED: &str = "VIVA_TENSOR_ISA";
+    const MARK: &str = "computed: ";
+    if let Ok(forced) = std::env::var(FORCED) {
+        assert_eq!(simd::configure().unwrap().name(), forced);
+        let mut digest = Digest::default();
+        check(&mut digest);
+        println!("{MARK}{:016x}", digest.0.finish());
+        return;
+    }
+    let mut computed = Vec::new();
+    for level in simd::levels() {
+        let run = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture"])
+            .env(FORCED, level.name())
+            .output()
+            .unwrap();
+        let output = String::from_utf8_lossy(&run.stdout);
+        let errors = String::from_utf8_lossy(&run.stderr);
+        assert!(
+            run.status.success(),
+            "{test} at {}:\n{output}{errors}",
+            level.name()
+        );
+        // No mark: the name selected no test.
+        let at = output.find(MARK).expect(test) + MARK.len();
+        computed.push((level.name(), output[at..at + 16].to_string()));
+    }
+    let (_, first) = &computed[0];
+    assert!(computed.iter().all(|(_, c)| c == first), "{computed:?}");
 }

@@ -1,0 +1,213 @@
+//! How a quantized tensor is spelled as named tensors in a file, so that the
+//! programs that made a layout load what we write. The project invents none.
+
+mod awq;
+mod bitsandbytes;
+
+use std::borrow::Cow;
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::format::{OptionValue, Quantized, Spec, spec};
+use crate::io::{EntryDType, FixedEntry, LateEntry};
+use crate::tensor::{DType, Tensor};
+
+/// What one quantized tensor adds to a file.
+#[derive(Debug, Default)]
+pub struct Entries {
+    /// Tensors whose size follows from the shape.
+    pub fixed: Vec<FixedEntry>,
+    /// Small ones whose size follows from the values.
+    pub late: Vec<LateEntry>,
+}
+
+impl Entries {
+    fn fixed(&mut self, name: String, dtype: DType, shape: Vec<usize>) {
+        self.fixed.push(FixedEntry {
+            name,
+            dtype: EntryDType::Known(dtype),
+            shape,
+        });
+    }
+
+    /// Bytes of all of them, late ones at their greatest.
+    pub fn nbytes(&self) -> Result<usize> {
+        let fixed = self
+            .fixed
+            .iter()
+            .map(|e| e.dtype.nbytes(&e.shape))
+            .sum::<Result<usize>>()?;
+        Ok(fixed + self.late.iter().map(|e| e.max_len).sum::<usize>())
+    }
+}
+
+/// The bytes of one named tensor, in the order of [`Entries`]: fixed, then late.
+pub type Spelled<'a> = Vec<(String, Cow<'a, [u8]>)>;
+
+/// A quantized tensor found in a file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Found {
+    /// The name of the weight that it stands for: `….weight`.
+    pub name: String,
+    pub layout: &'static str,
+    /// The tensors of the file that spell it.
+    pub tensors: Vec<String>,
+}
+
+/// A way to spell quantized tensors.
+pub trait Layout: Send + Sync {
+    /// The name by which users ask for it.
+    fn name(&self) -> &'static str;
+
+    /// One line for a list of layouts.
+    fn about(&self) -> &'static str;
+
+    /// Format options that the layout needs, where the user chose none.
+    fn defaults(&self, format: &str) -> Vec<(String, OptionValue)>;
+
+    /// Whether it can hold this spec at all.
+    fn check(&self, spec: &Spec) -> Result<()>;
+
+    /// What a tensor of this name, shape and dtype adds to a file, or why it
+    /// cannot be held.
+    fn entries(&self, spec: &Spec, name: &str, shape: &[usize], dtype: DType) -> Result<Entries>;
+
+    /// The bytes of those entries.
+    fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>>;
+
+    /// The `quantization_config` of a model directory; `kept` are modules with
+    /// linear weights that were not quantized.
+    fn config(&self, spec: &Spec, config: &mut Value, kept: &[String]);
+
+    /// The quantized tensors among these names.
+    fn find(&self, names: &dyn Fn(&str) -> bool, all: &[&str]) -> Vec<Found>;
+
+    /// The format and shape of one of them.
+    fn describe(
+        &self,
+        name: &str,
+        get: &dyn Fn(&str) -> Result<Tensor>,
+    ) -> Result<(String, Vec<usize>)> {
+        let q = self.read(name, get)?;
+        Ok((q.spec.format, q.shape))
+    }
+
+    /// Reads one of them back; `get` gives the tensors of the file.
+    fn read(&self, name: &str, get: &dyn Fn(&str) -> Result<Tensor>) -> Result<Quantized>;
+}
+
+/// Every layout, in the order in which they are shown to users.
+pub static LAYOUTS: &[&dyn Layout] = &[&bitsandbytes::Bitsandbytes, &awq::Awq];
+
+/// The layout of that name.
+pub fn layout(name: &str) -> Result<&'static dyn Layout> {
+    LAYOUTS
+        .iter()
+        .copied()
+        .find(|l| l.name() == name)
+        .ok_or_else(|| Error::UnknownLayout {
+            name: name.into(),
+            known: names(),
+        })
+}
+
+fn names() -> String {
+    LAYOUTS
+        .iter()
+        .map(|l| l.name())
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+/// A spec and the layout to store it in: the named one, or the first that can
+/// hold the format.
+pub fn resolve(
+    format: &str,
+    options: &[(String, OptionValue)],
+    name: Option<&str>,
+) -> Result<(Spec, &'static dyn Layout)> {
+    let with_defaults = |l: &dyn Layout| {
+        // The last value of an option wins: the user's.
+        let mut all = l.defaults(format);
+        all.extend_from_slice(options);
+        spec(format, all)
+    };
+    if let Some(name) = name {
+        let layout = layout(name)?;
+        let spec = with_defaults(layout)?;
+        layout.check(&spec)?;
+        return Ok((spec, layout));
+    }
+    let mut refusal = None;
+    for layout in LAYOUTS {
+        let spec = with_defaults(*layout)?;
+        match layout.check(&spec) {
+            Ok(()) => return Ok((spec, *layout)),
+            Err(e) => refusal = refusal.or(Some(e)),
+        }
+    }
+    Err(refusal.unwrap_or_else(|| Error::UnknownLayout {
+        name: String::new(),
+        known: names(),
+    }))
+}
+
+/// Every quantized tensor among these names, whatever its layout.
+pub fn find(all: &[&str]) -> Vec<Found> {
+    let set: std::collections::HashSet<&str> = all.iter().copied().collect();
+    LAYOUTS
+        .iter()
+        .flat_map(|l| l.find(&|name| set.contains(name), all))
+        .collect()
+}
+
+fn refuse(layout: &dyn Layout, spec: &Spec, message: impl Into<String>) -> Error {
+    Error::LayoutMismatch {
+        layout: layout.name().into(),
+        format: spec.format.clone(),
+        message: message.into(),
+    }
+}
+
+fn invalid(name: &str, message: impl std::fmt::Display) -> Error {
+    Error::InvalidFile {
+        path: name.into(),
+        message: message.to_string(),
+    }
+}
+
+/// A tensor that must have this dtype and shape.
+fn expect(tensor: Tensor, name: &str, dtype: DType, shape: &[usize]) -> Result<Tensor> {
+    if tensor.dtype() != dtype {
+        return Err(invalid(
+            name,
+            format!("is {}, not {}", tensor.dtype().name(), dtype.name()),
+        ));
+    }
+    if tensor.shape() != shape {
+        return Err(Error::ShapeMismatch {
+            what: name.into(),
+            expected: shape.to_vec(),
+            actual: tensor.shape().to_vec(),
+        });
+    }
+    Ok(tensor)
+}
+
+/// The module of a weight: its name without `.weight`.
+fn module(name: &str) -> Result<&str> {
+    name.strip_suffix(".weight").ok_or_else(|| {
+        invalid(
+            name,
+            "only tensors named ….weight have a quantized spelling",
+        )
+    })
+}
+
+/// Puts `value` under `quantization_config`.
+fn set_config(config: &mut Value, value: Value) {
+    if let Value::Object(map) = config {
+        map.insert("quantization_config".into(), value);
+    }
+}

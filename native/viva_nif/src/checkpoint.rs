@@ -1,0 +1,121 @@
+//! Reading checkpoints.
+
+use rustler::{Atom, Encoder, Env, Term};
+use serde_json::Value;
+use viva_core::io::Checkpoint;
+use viva_core::{Error, unit};
+
+use crate::error::Outcome;
+use crate::json::{self, Keys};
+use crate::resource::{CheckpointRef, CheckpointResource, Slot};
+use crate::terms;
+
+fn text(path: &std::path::Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn checkpoint_open<'a>(env: Env<'a>, path: String) -> Outcome<Term<'a>> {
+    let checkpoint = Checkpoint::open(&path)?;
+    let entries: Vec<Term> = checkpoint
+        .shards()
+        .iter()
+        .flat_map(|shard| shard.entries().iter().map(move |e| (shard, e)))
+        .map(|(shard, e)| {
+            terms::map(
+                env,
+                &[
+                    ("name", e.name.encode(env)),
+                    ("dtype", e.dtype.name().encode(env)),
+                    ("shape", e.shape.encode(env)),
+                    ("nbytes", e.nbytes().encode(env)),
+                    ("file", text(shard.path()).encode(env)),
+                ],
+            )
+        })
+        .collect();
+    let files: Vec<String> = checkpoint.shards().iter().map(|s| text(s.path())).collect();
+    let companions: Vec<Term> = checkpoint
+        .companions()?
+        .iter()
+        .map(|c| {
+            let fields = [
+                ("relative", text(&c.relative).encode(env)),
+                ("file", text(&c.file).encode(env)),
+            ];
+            terms::map(env, &fields)
+        })
+        .collect();
+    let protected: Vec<String> = checkpoint
+        .protected_paths()
+        .iter()
+        .map(|p| text(p))
+        .collect();
+    let config = checkpoint.config().unwrap_or(&Value::Null);
+    let fields = [
+        ("path", text(checkpoint.path()).encode(env)),
+        ("total_bytes", checkpoint.total_bytes().encode(env)),
+        ("config", json::to_term(env, config, Keys::Strings)),
+        ("companions", companions.encode(env)),
+        ("protected", protected.encode(env)),
+        ("files", files.encode(env)),
+        ("entries", entries.encode(env)),
+    ];
+    let resource = CheckpointRef::new(CheckpointResource(Slot::new(checkpoint)));
+    let mut all = vec![("ref", resource.encode(env))];
+    all.extend(fields);
+    Ok(terms::map(env, &all))
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn checkpoint_contents<'a>(env: Env<'a>, checkpoint: CheckpointRef) -> Outcome<Vec<Term<'a>>> {
+    let contents = unit::contents(&*checkpoint.0.get()?)?;
+    Ok(contents
+        .iter()
+        .map(|c| {
+            let layout = match c.layout {
+                Some(name) => terms::atom(env, name),
+                None => rustler::types::atom::nil().encode(env),
+            };
+            terms::map(
+                env,
+                &[
+                    ("name", c.name.encode(env)),
+                    ("format", c.format.encode(env)),
+                    ("layout", layout),
+                    ("shape", c.shape.encode(env)),
+                    ("nbytes", c.nbytes.encode(env)),
+                    ("bits_per_weight", c.bits_per_weight.encode(env)),
+                    ("tensors", c.tensors.encode(env)),
+                ],
+            )
+        })
+        .collect())
+}
+
+/// A tensor mapped from the file, or a quantized weight read from its parts:
+/// `{:tensor, map}` or `{:quantized, map}`.
+#[rustler::nif(schedule = "DirtyIo")]
+fn checkpoint_get<'a>(
+    env: Env<'a>,
+    checkpoint: CheckpointRef,
+    name: String,
+) -> Outcome<(Term<'a>, Term<'a>)> {
+    let checkpoint = checkpoint.0.get()?;
+    checkpoint.check_unchanged(&name).or_else(|e| match e {
+        // The weight of an AWQ module has no tensor of its own name.
+        Error::UnknownTensor { .. } => Ok(()),
+        e => Err(e),
+    })?;
+    if let Some(q) = unit::read_quantized(&checkpoint, &name)? {
+        return Ok((terms::atom(env, "quantized"), terms::quantized(env, q)?));
+    }
+    let tensor = checkpoint.tensor(&name)?;
+    Ok((terms::atom(env, "tensor"), terms::tensor(env, tensor)))
+}
+
+#[rustler::nif]
+fn checkpoint_release(checkpoint: CheckpointRef) -> Atom {
+    checkpoint.0.release();
+    rustler::types::atom::ok()
+}

@@ -1,0 +1,223 @@
+//! The native work of jobs: specs with layouts, shards, units, output
+//! directories.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use rustler::{Atom, Binary, Encoder, Env, Term};
+use serde_json::Value;
+use viva_core::io::{self, EntryDType, OutputDir, WrittenShard};
+use viva_core::tensor::DType;
+use viva_core::unit::{self, Done, Planned, Target};
+use viva_core::{Error, layout};
+
+use crate::error::Outcome;
+use crate::resource::{
+    CancelRef, CheckpointRef, OutputRef, OutputResource, ShardRef, ShardResource, TargetRef,
+    TargetResource,
+};
+use crate::terms::{self, Name, Options};
+
+#[rustler::nif]
+fn spec_new<'a>(
+    env: Env<'a>,
+    format: Name,
+    options: Options,
+    name: Option<Name>,
+) -> Outcome<Term<'a>> {
+    let name = name.as_ref().map(|n| n.0.as_str());
+    let (spec, layout) = layout::resolve(&format.0, &options.0, name)?;
+    let fields = [
+        ("format", terms::atom(env, &spec.format)),
+        ("layout", terms::atom(env, layout.name())),
+        ("options", terms::options(env, &spec)?),
+    ];
+    let resource = TargetRef::new(TargetResource(Target { spec, layout }));
+    let mut all = vec![("ref", resource.encode(env))];
+    all.extend(fields);
+    Ok(terms::map(env, &all))
+}
+
+#[rustler::nif]
+fn plan_tensor<'a>(
+    env: Env<'a>,
+    target: TargetRef,
+    name: String,
+    shape: Vec<usize>,
+    dtype: String,
+) -> Outcome<Term<'a>> {
+    let dtype = EntryDType::Known(DType::from_name(&dtype)?);
+    let entries = target.0.entries(&name, dtype, &shape)?;
+    Ok(terms::map(env, &[("bytes", entries.nbytes()?.encode(env))]))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn config_json(target: TargetRef, config: Binary, kept: Vec<String>) -> Outcome<String> {
+    let mut value: Value = serde_json::from_slice(&config).map_err(|e| Error::InvalidFile {
+        path: "config.json".into(),
+        message: e.to_string(),
+    })?;
+    target.0.layout.config(&target.0.spec, &mut value, &kept);
+    Ok(format!("{value:#}\n"))
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn output_create(target: String, force: bool, protected: Vec<String>) -> Outcome<OutputRef> {
+    let protected: Vec<PathBuf> = protected.into_iter().map(PathBuf::from).collect();
+    let output = OutputDir::create(Path::new(&target), force, &protected)?;
+    Ok(OutputRef::new(OutputResource(Mutex::new(Some(output)))))
+}
+
+/// Runs `f` on an output that is neither committed nor aborted.
+fn with_output<R>(
+    output: &OutputRef,
+    f: impl FnOnce(&mut OutputDir) -> Result<R, Error>,
+) -> Result<R, Error> {
+    let mut slot = output.0.lock().unwrap_or_else(|e| e.into_inner());
+    slot.as_mut().ok_or(Error::Released).and_then(f)
+}
+
+fn take_output(output: &OutputRef) -> Option<OutputDir> {
+    output.0.lock().unwrap_or_else(|e| e.into_inner()).take()
+}
+
+#[rustler::nif]
+fn output_path(output: OutputRef) -> Outcome<String> {
+    Ok(with_output(&output, |o| {
+        Ok(o.path().to_string_lossy().into_owned())
+    })?)
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn output_carry(output: OutputRef, file: String, relative: String) -> Outcome<Atom> {
+    with_output(&output, |o| o.carry(Path::new(&file), &relative))?;
+    Ok(rustler::types::atom::ok())
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn output_write(output: OutputRef, relative: String, bytes: Binary) -> Outcome<usize> {
+    with_output(&output, |o| o.write_file(&relative, &bytes))?;
+    Ok(bytes.len())
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn output_commit(output: OutputRef) -> Outcome<String> {
+    let output = take_output(&output).ok_or(Error::Released)?;
+    let target = output.target().to_string_lossy().into_owned();
+    output.commit()?;
+    Ok(target)
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn output_abort(output: OutputRef) -> Outcome<Atom> {
+    if let Some(output) = take_output(&output) {
+        output.abort()?;
+    }
+    Ok(rustler::types::atom::ok())
+}
+
+/// Starts the file that holds these tensors of `source`, each `{name, :quantize}`
+/// or `{name, :keep}`.
+#[rustler::nif(schedule = "DirtyIo")]
+fn shard_create(
+    env: Env,
+    output: OutputRef,
+    file: String,
+    target: Option<TargetRef>,
+    tensors: Vec<(String, Atom)>,
+    source: CheckpointRef,
+    metadata: HashMap<String, String>,
+) -> Outcome<ShardRef> {
+    let source = source.0.get()?;
+    let quantize = terms::atom(env, "quantize");
+    let planned = tensors
+        .into_iter()
+        .map(|(name, action)| {
+            let entry = source.entry(&name)?;
+            Ok(Planned {
+                dtype: entry.dtype,
+                shape: entry.shape.clone(),
+                quantize: action.to_term(env) == quantize,
+                name,
+            })
+        })
+        .collect::<Result<Vec<_>, Error>>()?;
+    let path = with_output(&output, |o| Ok(o.path().join(&file)))?;
+    let target = target.as_ref().map(|t| &t.0);
+    let shard = unit::create_shard(&path, target, planned, metadata.into_iter().collect())?;
+    Ok(ShardRef::new(ShardResource(shard)))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn unit_quantize<'a>(
+    env: Env<'a>,
+    source: CheckpointRef,
+    name: String,
+    target: TargetRef,
+    shard: ShardRef,
+    cancel: CancelRef,
+) -> Outcome<Term<'a>> {
+    let source = source.0.get()?;
+    let done = unit::quantize_into(&source, &name, &target.0, &shard.0, &cancel.0)?;
+    Ok(done_map(env, &done))
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn unit_keep<'a>(
+    env: Env<'a>,
+    source: CheckpointRef,
+    name: String,
+    shard: ShardRef,
+    cancel: CancelRef,
+) -> Outcome<Term<'a>> {
+    let done = unit::keep_into(&*source.0.get()?, &name, &shard.0, &cancel.0)?;
+    Ok(done_map(env, &done))
+}
+
+fn done_map<'a>(env: Env<'a>, done: &Done) -> Term<'a> {
+    let mut fields = vec![
+        ("input_bytes", done.input_bytes.encode(env)),
+        ("output_bytes", done.output_bytes.encode(env)),
+        ("elements", done.elements.encode(env)),
+    ];
+    if let (Some(bits), Some(m)) = (done.bits_per_weight, &done.metrics) {
+        fields.push(("bits_per_weight", bits.encode(env)));
+        return crate::tensor::metrics_map(env, m, &fields);
+    }
+    terms::map(env, &fields)
+}
+
+type WrittenTerm = (String, usize, Vec<(String, usize)>);
+
+/// `{file, bytes, [{tensor, bytes}]}`, as `shard_index` takes it.
+#[rustler::nif(schedule = "DirtyIo")]
+fn shard_finish(shard: ShardRef) -> Outcome<WrittenTerm> {
+    let written = shard.0.finish()?;
+    Ok((written.file, written.file_bytes, written.tensors))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn shard_index(shards: Vec<WrittenTerm>) -> Outcome<String> {
+    let shards: Vec<WrittenShard> = shards
+        .into_iter()
+        .map(|(file, file_bytes, tensors)| WrittenShard {
+            file,
+            file_bytes,
+            tensors,
+        })
+        .collect();
+    Ok(io::index_json(&shards))
+}
+
+/// The shards' file names, each with the indexes of its tensors.
+#[rustler::nif(schedule = "DirtyCpu")]
+fn plan_shards(sizes: Vec<usize>, max_shard_size: usize) -> Outcome<Vec<(String, Vec<usize>)>> {
+    let shards = io::plan_shards(&sizes, max_shard_size);
+    let count = shards.len();
+    Ok(shards
+        .into_iter()
+        .enumerate()
+        .map(|(i, indexes)| (io::shard_name(i, count), indexes))
+        .collect())
+}

@@ -1,0 +1,118 @@
+//! What terms refer to: resources that own or share native memory.
+
+use std::sync::{Arc, RwLock};
+
+use rustler::env::SavedTerm;
+use rustler::{Binary, Env, OwnedBinary, OwnedEnv, Resource, ResourceArc};
+use viva_core::Error;
+use viva_core::format::Quantized;
+use viva_core::io::{Checkpoint, OutputDir, ShardWriter};
+use viva_core::ops::Cancel;
+use viva_core::tensor::{SharedBytes, Tensor};
+use viva_core::unit::Target;
+
+/// A value that can be released before its last reference is gone.
+pub struct Slot<T>(RwLock<Option<Arc<T>>>);
+
+impl<T> Slot<T> {
+    pub fn new(value: T) -> Slot<T> {
+        Slot(RwLock::new(Some(Arc::new(value))))
+    }
+
+    /// The value, kept alive while the caller works on it. The lock is held
+    /// for the copy of a pointer only.
+    pub fn get(&self) -> Result<Arc<T>, Error> {
+        let slot = self.0.read().unwrap_or_else(|e| e.into_inner());
+        slot.clone().ok_or(Error::Released)
+    }
+
+    /// Takes the value out; running calls finish with it.
+    pub fn release(&self) -> Option<Arc<T>> {
+        let mut slot = self.0.write().unwrap_or_else(|e| e.into_inner());
+        slot.take()
+    }
+}
+
+macro_rules! resources {
+    ($($name:ident($inner:ty)),+ $(,)?) => {
+        $(
+            pub struct $name(pub $inner);
+
+            #[rustler::resource_impl]
+            impl Resource for $name {}
+        )+
+    };
+}
+
+resources!(
+    TensorResource(Slot<Tensor>),
+    QuantizedResource(Slot<Quantized>),
+    CheckpointResource(Slot<Checkpoint>),
+    TargetResource(Target),
+    OutputResource(std::sync::Mutex<Option<OutputDir>>),
+    ShardResource(ShardWriter),
+    CancelResource(Cancel),
+);
+
+pub type TensorRef = ResourceArc<TensorResource>;
+pub type QuantizedRef = ResourceArc<QuantizedResource>;
+pub type CheckpointRef = ResourceArc<CheckpointResource>;
+pub type TargetRef = ResourceArc<TargetResource>;
+pub type OutputRef = ResourceArc<OutputResource>;
+pub type ShardRef = ResourceArc<ShardResource>;
+pub type CancelRef = ResourceArc<CancelResource>;
+
+/// The bytes of a BEAM binary, kept alive by an environment of their own.
+struct BinaryBytes {
+    _env: OwnedEnv,
+    _term: SavedTerm,
+    data: *const u8,
+    len: usize,
+}
+
+// SAFETY: the bytes are immutable and live as long as the environment, which
+// belongs to no process; the term itself is never touched again.
+unsafe impl Send for BinaryBytes {}
+unsafe impl Sync for BinaryBytes {}
+
+impl AsRef<[u8]> for BinaryBytes {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: `data` points to `len` bytes of the binary that the
+        // environment refers to, and inspecting it has pinned it.
+        unsafe { std::slice::from_raw_parts(self.data, self.len) }
+    }
+}
+
+/// Shares a binary's bytes without a copy.
+pub fn share_binary(binary: Binary) -> Result<SharedBytes, Error> {
+    let env = OwnedEnv::new();
+    let term = env.save(binary);
+    let slice = env.run(|inner| {
+        let binary = Binary::from_term(term.load(inner))?;
+        Ok::<_, rustler::Error>((binary.as_ptr(), binary.len()))
+    });
+    let (data, len) = slice.map_err(|_| Error::InvalidOption {
+        option: "binary".into(),
+        message: "expected a binary".into(),
+    })?;
+    Ok(Arc::new(BinaryBytes {
+        _env: env,
+        _term: term,
+        data,
+        len,
+    }))
+}
+
+/// A tensor over a new BEAM binary that `fill` writes. The binary is made in
+/// `env`, so that the calling process is charged for its size and collects in
+/// time, and then shared.
+pub fn tensor_from_binary(
+    env: Env,
+    len: usize,
+    make: impl FnOnce(SharedBytes) -> Result<Tensor, Error>,
+    fill: impl FnOnce(&mut [u8]) -> Result<(), Error>,
+) -> Result<Tensor, Error> {
+    let mut binary = OwnedBinary::new(len);
+    fill(binary.as_mut_slice())?;
+    make(share_binary(binary.release(env))?)
+}

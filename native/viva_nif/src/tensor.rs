@@ -1,0 +1,184 @@
+//! Dense tensors.
+
+use rustler::{Atom, Binary, Encoder, Env, Term, TermType};
+use viva_core::Error;
+use viva_core::ops::{Cancel, cast, metrics};
+use viva_core::tensor::{Buffer, DType, Tensor, element_count};
+
+use crate::error::Outcome;
+use crate::resource::{TensorRef, share_binary, tensor_from_binary};
+use crate::terms::{self, Name};
+
+#[rustler::nif]
+fn tensor_from_binary_in_place<'a>(
+    env: Env<'a>,
+    binary: Binary<'a>,
+    dtype: Name,
+    shape: Vec<usize>,
+) -> Outcome<Term<'a>> {
+    let len = binary.len();
+    let tensor = Tensor::new(dtype.dtype()?, shape, share_binary(binary)?, 0..len)?;
+    Ok(terms::tensor(env, tensor))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn tensor_from_list<'a>(
+    env: Env<'a>,
+    list: Vec<Term<'a>>,
+    dtype: Name,
+    shape: Vec<usize>,
+) -> Outcome<Term<'a>> {
+    let dtype = dtype.dtype()?;
+    let expected = element_count(&shape)?;
+    if list.len() != expected {
+        return Err(Error::SizeMismatch {
+            what: format!("elements of a tensor of shape {shape:?}"),
+            expected,
+            actual: list.len(),
+        }
+        .into());
+    }
+    let mut buffer = Buffer::zeroed(expected * dtype.size());
+    for (i, (term, out)) in list
+        .iter()
+        .zip(buffer.bytes_mut().chunks_exact_mut(dtype.size()))
+        .enumerate()
+    {
+        element_from_term(*term, dtype, out).ok_or_else(|| Error::InvalidOption {
+            option: format!("element {i}"),
+            message: format!("{term:?} is no {}", dtype.name()),
+        })?;
+    }
+    Ok(terms::tensor(
+        env,
+        Tensor::from_buffer(dtype, shape, buffer)?,
+    ))
+}
+
+/// Writes one number; `None` where the dtype cannot hold it.
+fn element_from_term(term: Term, dtype: DType, out: &mut [u8]) -> Option<()> {
+    if dtype.is_float() {
+        let v = match term.get_type() {
+            TermType::Float => term.decode::<f64>().ok()?,
+            TermType::Integer => term.decode::<i64>().ok()? as f64,
+            TermType::Atom => match term.atom_to_string().ok()?.as_str() {
+                "nan" => f64::NAN,
+                "infinity" => f64::INFINITY,
+                "neg_infinity" => f64::NEG_INFINITY,
+                _ => return None,
+            },
+            _ => return None,
+        };
+        match dtype {
+            DType::F64 => out.copy_from_slice(&v.to_le_bytes()),
+            DType::F32 => out.copy_from_slice(&(v as f32).to_le_bytes()),
+            DType::F16 => out.copy_from_slice(&half::f16::from_f64(v).to_le_bytes()),
+            _ => out.copy_from_slice(&half::bf16::from_f64(v).to_le_bytes()),
+        }
+        return Some(());
+    }
+    macro_rules! int {
+        ($t:ty) => {
+            out.copy_from_slice(&term.decode::<$t>().ok()?.to_le_bytes())
+        };
+    }
+    match dtype {
+        DType::I64 => int!(i64),
+        DType::I32 => int!(i32),
+        DType::I16 => int!(i16),
+        DType::I8 => int!(i8),
+        DType::U64 => int!(u64),
+        DType::U32 => int!(u32),
+        DType::U16 => int!(u16),
+        DType::U8 => int!(u8),
+        _ => out[0] = u8::from(term.decode::<bool>().ok()?),
+    }
+    Some(())
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn tensor_to_list<'a>(env: Env<'a>, tensor: TensorRef) -> Outcome<Term<'a>> {
+    let tensor = tensor.0.get()?;
+    let elements = tensor.bytes().chunks_exact(tensor.dtype().size());
+    let terms: Vec<Term> = elements
+        .map(|bytes| element_to_term(env, tensor.dtype(), bytes))
+        .collect();
+    Ok(terms.encode(env))
+}
+
+fn element_to_term<'a>(env: Env<'a>, dtype: DType, bytes: &[u8]) -> Term<'a> {
+    macro_rules! read {
+        ($t:ty, $n:literal) => {{
+            let mut le = [0u8; $n];
+            le.copy_from_slice(bytes);
+            <$t>::from_le_bytes(le)
+        }};
+    }
+    match dtype {
+        DType::F64 => terms::number(env, read!(f64, 8)),
+        DType::F32 => terms::number(env, f64::from(read!(f32, 4))),
+        DType::F16 => terms::number(env, read!(half::f16, 2).to_f64()),
+        DType::BF16 => terms::number(env, read!(half::bf16, 2).to_f64()),
+        DType::I64 => read!(i64, 8).encode(env),
+        DType::I32 => read!(i32, 4).encode(env),
+        DType::I16 => read!(i16, 2).encode(env),
+        DType::I8 => read!(i8, 1).encode(env),
+        DType::U64 => read!(u64, 8).encode(env),
+        DType::U32 => read!(u32, 4).encode(env),
+        DType::U16 => read!(u16, 2).encode(env),
+        DType::U8 => read!(u8, 1).encode(env),
+        DType::Bool => (bytes[0] != 0).encode(env),
+    }
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn tensor_to_binary<'a>(env: Env<'a>, tensor: TensorRef) -> Outcome<Binary<'a>> {
+    let tensor = tensor.0.get()?;
+    let mut out = rustler::OwnedBinary::new(tensor.bytes().len());
+    out.as_mut_slice().copy_from_slice(tensor.bytes());
+    Ok(out.release(env))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn tensor_cast<'a>(env: Env<'a>, tensor: TensorRef, dtype: Name) -> Outcome<Term<'a>> {
+    let tensor = tensor.0.get()?;
+    let dtype = dtype.dtype()?;
+    let shape = tensor.shape().to_vec();
+    let len = tensor.len() * dtype.size();
+    let result = tensor_from_binary(
+        env,
+        len,
+        |bytes| Tensor::new(dtype, shape, bytes, 0..len),
+        |out| cast::cast_into(&tensor, dtype, out, &Cancel::new()),
+    )?;
+    Ok(terms::tensor(env, result))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn tensor_metrics<'a>(env: Env<'a>, x: TensorRef, y: TensorRef) -> Outcome<Term<'a>> {
+    let metrics = metrics::dense(&*x.0.get()?, &*y.0.get()?, &Cancel::new())?;
+    Ok(metrics_map(env, &metrics, &[]))
+}
+
+/// Metrics, and what else belongs beside them.
+pub fn metrics_map<'a>(
+    env: Env<'a>,
+    m: &metrics::Metrics,
+    more: &[(&'static str, Term<'a>)],
+) -> Term<'a> {
+    let mut fields = vec![
+        ("mse", terms::number(env, m.mse)),
+        ("sqnr_db", terms::number(env, m.sqnr_db)),
+        ("psnr_db", terms::number(env, m.psnr_db)),
+        ("cosine", terms::number(env, m.cosine)),
+        ("max_error", terms::number(env, m.max_error)),
+    ];
+    fields.extend_from_slice(more);
+    terms::map(env, &fields)
+}
+
+#[rustler::nif]
+fn tensor_release(tensor: TensorRef) -> Atom {
+    tensor.0.release();
+    rustler::types::atom::ok()
+}
