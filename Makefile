@@ -1,0 +1,50 @@
+# Each target is complete by itself: bin/setup finds or installs what it needs.
+
+export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
+export LANG ?= C.UTF-8
+
+.PHONY: help setup deps demo test check lint dialyzer docs matrix clean
+.NOTPARALLEL:
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install or name the tools that are missing
+	@bin/setup
+
+demo: deps ## Compress the bundled model and print the report
+	bin/demo
+
+# A NIF library is linked against the VM that loads it, so that its tests are in Elixir.
+test: deps ## Run every Rust and Elixir test
+	cargo test --workspace --exclude viva_nif --locked
+	mix test
+
+check: lint test dialyzer docs ## Run every gate: lint, tests, Dialyzer, documentation
+
+lint: deps ## Check formatting and deny warnings
+	@bin/setup --check
+	cargo fmt --all --check
+	mix format --check-formatted
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	mix compile --warnings-as-errors --force
+
+dialyzer: deps ## Check the specs
+	@bin/setup --check
+	bin/dialyzer
+
+docs: deps ## Build the documentation into doc/ and target/doc (needs root)
+	@bin/setup --check
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+	bin/docs
+
+matrix: deps ## Run the Elixir tests on the Elixir of Debian trixie and sid (needs root)
+	@bin/setup --matrix
+	bin/matrix
+
+clean: ## Remove everything that was built
+	rm -rf _build deps doc demo priv/native target
+
+# Without Hex there are none, and this neither asks nor connects.
+deps: setup
+	@mix deps.get >/dev/null
