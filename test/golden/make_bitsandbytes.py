@@ -137,7 +137,6 @@ def main(path):
     print(f"{path}: {len(fixture)} tensors, {made_with}")
 
 
-
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)

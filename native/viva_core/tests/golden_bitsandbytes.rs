@@ -181,7 +181,7 @@ fn tables_are_theirs() {
     });
 }
 
-/// Every pair of codes under one scale, against the tables of the fixture.
+/// Every byte of codes under several scales, against the tables of the fixture.
 #[test]
 fn every_code_decodes_to_its_value() {
     on_every_level("every_code_decodes_to_its_value", |digest| {
