@@ -77,9 +77,15 @@ fn element_from_term(term: Term, dtype: DType, out: &mut [u8]) -> Option<()> {
         }
         return Some(());
     }
+    // Decoding straight into a narrow type would cut the high bits off.
+    let wide = || match (term.decode::<i64>(), term.decode::<u64>()) {
+        (Ok(v), _) => Some(i128::from(v)),
+        (_, Ok(v)) => Some(i128::from(v)),
+        _ => None,
+    };
     macro_rules! int {
         ($t:ty) => {
-            out.copy_from_slice(&term.decode::<$t>().ok()?.to_le_bytes())
+            out.copy_from_slice(&<$t>::try_from(wide()?).ok()?.to_le_bytes())
         };
     }
     match dtype {

@@ -7,15 +7,14 @@ use viva_core::tensor::{DType, Tensor};
 
 use crate::resource::{QuantizedRef, QuantizedResource, Slot, TensorRef, TensorResource};
 
-/// A name given as an atom or a string.
+/// A name given as an atom or a string; any other term is kept as it prints,
+/// to be refused by name.
 pub struct Name(pub String);
 
 impl<'a> Decoder<'a> for Name {
     fn decode(term: Term<'a>) -> NifResult<Name> {
-        if term.is_atom() {
-            return term.atom_to_string().map(Name);
-        }
-        term.decode().map(Name)
+        let name = term.atom_to_string().or_else(|_| term.decode());
+        Ok(Name(name.unwrap_or_else(|_| format!("{term:?}"))))
     }
 }
 

@@ -92,7 +92,7 @@ impl Grid {
     #[inline(always)]
     pub fn rtn(self, dtype: DType, low: f32, high: f32) -> Fit {
         if self.symmetric {
-            let most = if high > -low { high } else { -low };
+            let most = if -low > high { -low } else { high };
             return Fit {
                 scale: round_scale(dtype, most / self.divisor),
                 zero: self.offset,
@@ -128,7 +128,7 @@ impl Grid {
         let depth = if levels > 31.0 { 0.06 } else { 0.45 };
         let mut best = Best::none();
         if self.symmetric {
-            let most = if high > -low { high } else { -low };
+            let most = if -low > high { -low } else { high };
             let (lo, hi) = (self.lo as f32, self.hi as f32);
             // The side that reaches further down takes the extreme value.
             let widest = if -lo > hi { -lo } else { hi };
@@ -278,7 +278,7 @@ pub fn decode_run<I: Isa>(
         } else {
             isa.sub_u(isa.load_u8(codes), zero)
         };
-        isa.mul(isa.mul(isa.from_int(code), scale), factor)
+        isa.mul(isa.mul(isa.int_to_float(code), scale), factor)
     };
     let (chunks, tail) = codes.as_chunks::<LANES>();
     let (outs, out_tail) = out.as_chunks_mut::<LANES>();

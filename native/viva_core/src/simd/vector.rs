@@ -31,7 +31,7 @@ pub trait Isa: Copy {
     /// Rounds to the nearest f16, ties to even, and back.
     fn round_f16(self, v: Self::F) -> Self::F;
     /// Signed integers to floats.
-    fn from_int(self, v: Self::U) -> Self::F;
+    fn int_to_float(self, v: Self::U) -> Self::F;
     /// table[index] a lane; indices are below 16.
     fn lookup(self, table: Self::F, index: Self::U) -> Self::F;
 
@@ -145,7 +145,7 @@ impl Isa for Portable {
         v.map(round_f16)
     }
     #[inline(always)]
-    fn from_int(self, v: Self::U) -> Self::F {
+    fn int_to_float(self, v: Self::U) -> Self::F {
         v.map(|v| v as i32 as f32)
     }
     #[inline(always)]

@@ -1,0 +1,219 @@
+defmodule VivaTensor do
+  @moduledoc """
+  Quantization for the BEAM: shrink weights 4–8×, multiply with the shrunken
+  weights directly, compress whole checkpoints in supervised jobs.
+
+      iex> weights = for i <- 1..4096, do: :math.sin(i)
+      iex> t = VivaTensor.Tensor.from_list!(weights, :f32, [16, 256])
+      iex> {:ok, q} = VivaTensor.quantize(t, :nf4, block_size: 64, double_quant: true)
+      iex> q.format
+      :nf4
+      iex> {:ok, m} = VivaTensor.metrics(t, q)
+      iex> m.sqnr_db > 20
+      true
+
+  Every function that can fail returns `{:ok, value}` or
+  `{:error, %VivaTensor.Error{}}` and has a twin with `!` that raises.
+
+    * `VivaTensor.Tensor`: dense tensors, read in place.
+    * `VivaTensor.Quantized`: codes and scales.
+    * `VivaTensor.Checkpoint`: files of tensors.
+    * `VivaTensor.Job`: supervised compression of a checkpoint.
+  """
+
+  alias VivaTensor.{Error, Native, Quantized, Tensor}
+
+  @doc """
+  Quantizes a float tensor.
+
+  ## Formats and their options
+
+    * `:int8`: `block_size:` `:row` (default), `:tensor`, or an even number that
+      divides the rows; `symmetric:` (`true`); `scale:` `:step` (default) or
+      `:absmax`, the rule of LLM.int8(); `scale_dtype:` `:f32`, `:f16`, `:bf16`.
+    * `:int4`: the same, with `block_size: 128` and `symmetric: false`.
+    * `:nf4`, `:fp4`: `block_size:` a power of two (64); `double_quant:`
+      (`false`). Equal to bitsandbytes byte for byte.
+
+  All take `method: :rtn` (round to nearest, the default) or `:mse` (scales
+  searched for the least squared error).
+
+      iex> t = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 1.0], :f32, [2, 2])
+      iex> VivaTensor.quantize!(t, :int8)
+      #VivaTensor.Quantized<int8[2, 2] from f32, 24.000 bits per weight>
+
+  ## Errors
+
+  `:unknown_format`, `:invalid_option`, `:indivisible` when no block fits the
+  rows, `:non_finite` when the tensor holds a NaN or infinity,
+  `:unsupported_dtype` for integers, `:scale_overflow`.
+
+      iex> t = VivaTensor.Tensor.from_list!([1.0, :nan], :f32, [2])
+      iex> {:error, error} = VivaTensor.quantize(t, :int8)
+      iex> error.reason
+      {:non_finite, %{nan: 1, inf: 0, first: 1}}
+  """
+  @spec quantize(Tensor.t(), atom, keyword) :: {:ok, Quantized.t()} | {:error, Error.t()}
+  def quantize(%Tensor{ref: ref}, format, options \\ []) when is_atom(format) do
+    if Keyword.keyword?(options) do
+      ref |> Native.quantize(format, options) |> Quantized.wrap(:quantize)
+    else
+      Error.option(:quantize, "options", "expected a keyword list, got #{inspect(options)}")
+    end
+  end
+
+  @doc "Like `quantize/3`, but raises `VivaTensor.Error`."
+  @spec quantize!(Tensor.t(), atom, keyword) :: Quantized.t()
+  def quantize!(tensor, format, options \\ []), do: Error.bang!(quantize(tensor, format, options))
+
+  @doc """
+  The values of a quantized tensor, each computed in f32 and rounded once.
+
+  Options: `dtype:` `:f32`, `:f16`, `:bf16` or `:f64`; by default the dtype that
+  it was quantized from.
+
+      iex> t = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 1.0], :f32, [2, 2])
+      iex> q = VivaTensor.quantize!(t, :int8)
+      iex> {:ok, back} = VivaTensor.dequantize(q)
+      iex> [_, -1.0, _, 1.0] = VivaTensor.Tensor.to_list!(back)
+  """
+  @spec dequantize(Quantized.t(), dtype: Tensor.dtype()) ::
+          {:ok, Tensor.t()} | {:error, Error.t()}
+  def dequantize(%Quantized{ref: ref, dtype: dtype}, options \\ []) do
+    with {:ok, [dtype]} <- take(:dequantize, options, dtype: dtype) do
+      ref |> Native.dequantize(dtype) |> Tensor.wrap(:dequantize)
+    end
+  end
+
+  @doc "Like `dequantize/2`, but raises `VivaTensor.Error`."
+  @spec dequantize!(Quantized.t(), dtype: Tensor.dtype()) :: Tensor.t()
+  def dequantize!(quantized, options \\ []), do: Error.bang!(dequantize(quantized, options))
+
+  @doc """
+  x · wᵀ for x `[…, k]` and a quantized w `[n, k]`, straight from the codes, in
+  f32 arithmetic; the result is `[…, n]`.
+
+  Options: `dtype:` of the result, by default that of `x`.
+
+      iex> x = VivaTensor.Tensor.from_list!([1, 0, 0, 2], :f32, [2, 2])
+      iex> w = VivaTensor.Tensor.from_list!([1, -1, 0, 1, 1, 1], :f32, [3, 2])
+      iex> q = VivaTensor.quantize!(w, :int8)
+      iex> {:ok, y} = VivaTensor.matmul(x, q)
+      iex> y.shape
+      [2, 3]
+      iex> y |> VivaTensor.Tensor.to_list!() |> Enum.map(&Float.round(&1, 5))
+      [1.0, 0.0, 1.0, -2.0, 2.0, 2.0]
+
+  ## Errors
+
+  `:shape_mismatch`, `:unsupported_dtype`.
+  """
+  @spec matmul(Tensor.t(), Quantized.t(), dtype: Tensor.dtype()) ::
+          {:ok, Tensor.t()} | {:error, Error.t()}
+  def matmul(%Tensor{ref: x, dtype: dtype}, %Quantized{ref: q}, options \\ []) do
+    with {:ok, [dtype]} <- take(:matmul, options, dtype: dtype) do
+      x |> Native.matmul(q, dtype) |> Tensor.wrap(:matmul)
+    end
+  end
+
+  @doc "Like `matmul/3`, but raises `VivaTensor.Error`."
+  @spec matmul!(Tensor.t(), Quantized.t(), dtype: Tensor.dtype()) :: Tensor.t()
+  def matmul!(x, quantized, options \\ []), do: Error.bang!(matmul(x, quantized, options))
+
+  @typedoc """
+  Error of an approximation. Ratios are in decibels; a float that would be
+  infinite or undefined is the atom `:infinity`, `:neg_infinity` or `:nan`.
+  `bits_per_weight` counts codes, scales and zero points;
+  `bound_distance_db` is how far the SQNR stays below the rate–distortion bound
+  of a Gaussian, 6.02 dB a bit. Those two only for a quantized tensor.
+  """
+  @type metrics :: %{
+          required(:mse) => float | atom,
+          required(:sqnr_db) => float | atom,
+          required(:psnr_db) => float | atom,
+          required(:cosine) => float | atom,
+          required(:max_error) => float | atom,
+          optional(:bits_per_weight) => float,
+          optional(:bound_distance_db) => float | atom
+        }
+
+  @doc """
+  How close a quantized (or another dense) tensor is to the original.
+
+      iex> t = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 1.0], :f32, [4])
+      iex> VivaTensor.metrics!(t, t).sqnr_db
+      :infinity
+      iex> VivaTensor.metrics!(t, VivaTensor.quantize!(t, :nf4)).bits_per_weight
+      12.0
+  """
+  @spec metrics(Tensor.t(), Quantized.t() | Tensor.t()) :: {:ok, metrics} | {:error, Error.t()}
+  def metrics(%Tensor{ref: x}, %Quantized{ref: q}) do
+    x |> Native.quantized_metrics(q) |> Error.wrap(:metrics)
+  end
+
+  def metrics(%Tensor{ref: x}, %Tensor{ref: y}) do
+    x |> Native.tensor_metrics(y) |> Error.wrap(:metrics)
+  end
+
+  @doc "Like `metrics/2`, but raises `VivaTensor.Error`."
+  @spec metrics!(Tensor.t(), Quantized.t() | Tensor.t()) :: metrics
+  def metrics!(tensor, other), do: Error.bang!(metrics(tensor, other))
+
+  @doc """
+  The formats, with a line about each.
+
+      iex> Enum.map(VivaTensor.formats(), & &1.name)
+      [:int8, :int4, :nf4, :fp4]
+  """
+  @spec formats() :: [%{name: atom, about: String.t()}]
+  def formats, do: Native.formats()
+
+  @doc """
+  The layouts in which checkpoints are written, with a line about each.
+
+      iex> Enum.map(VivaTensor.layouts(), & &1.name)
+      [:bitsandbytes, :awq]
+  """
+  @spec layouts() :: [%{name: atom, about: String.t()}]
+  def layouts, do: Native.layouts()
+
+  @doc """
+  Native memory that is live now: `native_bytes` owned by the library,
+  `mapped_bytes` of files mapped by open checkpoints. Results of `dequantize/2`
+  and `matmul/3` are BEAM binaries and show in `:erlang.memory(:binary)`.
+
+      iex> %{native_bytes: n, mapped_bytes: m} = VivaTensor.memory_info()
+      iex> is_integer(n) and is_integer(m)
+      true
+  """
+  @spec memory_info() :: %{native_bytes: non_neg_integer, mapped_bytes: non_neg_integer}
+  def memory_info, do: Native.memory_info()
+
+  @doc """
+  The machine as native code sees it: architecture, instruction set in force
+  and those available (`VIVA_TENSOR_ISA` forces one), threads of the pool.
+
+      iex> :portable in VivaTensor.cpu().available
+      true
+  """
+  @spec cpu() :: %{arch: String.t(), isa: atom, available: [atom], threads: pos_integer}
+  def cpu do
+    {:ok, cpu} = Native.cpu()
+    cpu
+  end
+
+  # The values of the options that an operation takes, defaults filled in.
+  defp take(op, options, defaults) do
+    cond do
+      not Keyword.keyword?(options) ->
+        Error.option(op, "options", "expected a keyword list, got #{inspect(options)}")
+
+      unknown = Enum.find(Keyword.keys(options), &(not Keyword.has_key?(defaults, &1))) ->
+        known = Enum.map_join(defaults, ", ", fn {k, _} -> to_string(k) end)
+        Error.option(op, to_string(unknown), "no such option; it takes #{known}")
+
+      true ->
+        {:ok, Enum.map(defaults, fn {k, default} -> Keyword.get(options, k, default) end)}
+    end
+  end
+end

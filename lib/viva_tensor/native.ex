@@ -1,0 +1,67 @@
+defmodule VivaTensor.Native do
+  @moduledoc false
+  # Stubs that the NIF library replaces; no logic lives here. Fallible ones
+  # return {:ok, value} | {:error, {kind, details, message}}.
+
+  @on_load :load
+
+  @doc false
+  def load do
+    :viva_tensor
+    |> :code.priv_dir()
+    |> Path.join("native/viva_nif")
+    |> String.to_charlist()
+    |> :erlang.load_nif(0)
+  end
+
+  stubs = [
+    version: [],
+    configure: [:threads],
+    cpu: [],
+    memory_info: [],
+    formats: [],
+    layouts: [],
+    cancel_flag: [],
+    cancel: [:flag],
+    json_encode: [:term, :pretty],
+    json_decode: [:text],
+    tensor_from_binary_in_place: [:binary, :dtype, :shape],
+    tensor_from_list: [:list, :dtype, :shape],
+    tensor_to_binary: [:tensor],
+    tensor_to_list: [:tensor],
+    tensor_cast: [:tensor, :dtype],
+    tensor_metrics: [:x, :y],
+    tensor_release: [:tensor],
+    quantize: [:tensor, :format, :options],
+    dequantize: [:quantized, :dtype],
+    matmul: [:x, :quantized, :dtype],
+    quantized_metrics: [:x, :quantized],
+    quantized_dump: [:quantized],
+    quantized_load: [:binary],
+    quantized_release: [:quantized],
+    checkpoint_open: [:path],
+    checkpoint_contents: [:checkpoint],
+    checkpoint_get: [:checkpoint, :name],
+    checkpoint_release: [:checkpoint],
+    spec_new: [:format, :options, :layout],
+    plan_tensor: [:spec, :name, :shape, :dtype],
+    config_json: [:spec, :config, :kept],
+    output_create: [:target, :force, :protected],
+    output_path: [:output],
+    output_carry: [:output, :file, :relative],
+    output_write: [:output, :relative, :bytes],
+    output_commit: [:output],
+    output_abort: [:output],
+    shard_create: [:output, :file, :spec, :tensors, :checkpoint, :metadata],
+    shard_finish: [:shard],
+    shard_index: [:shards],
+    plan_shards: [:sizes, :max_shard_size],
+    unit_quantize: [:checkpoint, :name, :spec, :shard, :cancel],
+    unit_keep: [:checkpoint, :name, :shard, :cancel]
+  ]
+
+  for {name, args} <- stubs do
+    args = Enum.map(args, &Macro.var(:"_#{&1}", __MODULE__))
+    def unquote(name)(unquote_splicing(args)), do: :erlang.nif_error(:nif_not_loaded)
+  end
+end
