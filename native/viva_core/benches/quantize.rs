@@ -2,7 +2,6 @@
 //! `cargo bench -p viva_core --bench quantize`.
 
 #[path = "../tests/support/mod.rs"]
-#[allow(dead_code)]
 mod support;
 
 use divan::Bencher;
