@@ -175,7 +175,7 @@ fn nested_codes_offsets_and_absmax_are_theirs() {
 fn tables_are_theirs() {
     with_golden(|golden| {
         let map = golden.floats("dynamic_map");
-        assert_eq!(support::bits(&*DYNAMIC_MAP), support::bits(&map));
+        support::same(&*DYNAMIC_MAP, &map, format_args!("the dynamic map"));
         assert_eq!(NF4.table.as_slice(), golden.floats("nf4_map"));
         assert_eq!(FP4.table.as_slice(), golden.floats("fp4_map"));
     });

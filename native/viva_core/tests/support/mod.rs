@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use viva_core::format::{OptionValue, Quantized, Spec, spec};
 use viva_core::ops::metrics::Metrics;
-use viva_core::ops::{Cancel, dequantize, metrics, quantize};
+use viva_core::ops::{Cancel, dequantize, metrics, pool, quantize};
 use viva_core::simd;
 use viva_core::tensor::{DType, Tensor, narrow};
 
@@ -145,8 +145,15 @@ pub fn measure(x: &Tensor, spec: &Spec) -> (Metrics, f64) {
     (m, q.bits_per_weight())
 }
 
-pub fn bits(x: &[f32]) -> Vec<u32> {
-    x.iter().map(|v| v.to_bits()).collect()
+/// Asserts that the bits are the same; shows the first that are not.
+pub fn same(left: &[f32], right: &[f32], what: std::fmt::Arguments) {
+    assert_eq!(left.len(), right.len(), "length of {what}");
+    for (i, (a, b)) in left.iter().zip(right).enumerate() {
+        assert!(
+            a.to_bits() == b.to_bits(),
+            "{a:e} is not {b:e} at {i}: {what}"
+        );
+    }
 }
 
 /// What a check computed, reduced to one number that levels must share.
@@ -169,13 +176,18 @@ impl Digest {
 /// Runs `check` at every ISA level that this machine has, each in a process of
 /// its own, and asserts that all levels computed the same. `test` is the name
 /// of the calling test. Where VIVA_TENSOR_ISA is set, that level alone runs.
-pub fn on_every_level(test: &str, check: impl FnOnce(&mut Digest)) {
+pub fn on_every_level(test: &str, check: impl FnOnce(&mut Digest) + Send) {
     const FORCED: &str = "VIVA_TENSOR_ISA";
     const MARK: &str = "computed: ";
     if let Ok(forced) = std::env::var(FORCED) {
         assert_eq!(simd::configure().unwrap().name(), forced);
         let mut digest = Digest::default();
-        check(&mut digest);
+        // Inside the pool a call is a plain call, which many small ones need.
+        pool::run(|| {
+            check(&mut digest);
+            Ok(())
+        })
+        .unwrap();
         println!("{MARK}{:016x}", digest.0.finish());
         return;
     }
