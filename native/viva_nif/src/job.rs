@@ -24,9 +24,10 @@ fn spec_new<'a>(
     env: Env<'a>,
     format: Name,
     options: Options,
-    name: Option<Name>,
+    layout: Name,
 ) -> Outcome<Term<'a>> {
-    let name = name.as_ref().map(|n| n.0.as_str());
+    // nil leaves the choice to the format.
+    let name = Some(layout.0.as_str()).filter(|&n| n != "nil");
     let (spec, layout) = layout::resolve(&format.0, &options.0, name)?;
     let fields = [
         ("format", terms::atom(env, &spec.format)),
