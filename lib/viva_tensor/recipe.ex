@@ -1,0 +1,307 @@
+defmodule VivaTensor.Recipe do
+  @moduledoc """
+  What a user asks for: a format, how its codes are chosen, the layout on disk,
+  and which tensors are quantized.
+
+  By default the weights of linear layers are quantized: two-dimensional
+  floating-point tensors named `*.weight`. These stay as they are:
+
+  - norms, biases and everything that is not two-dimensional,
+  - embeddings, the output head, and a head tied to the embedding,
+  - routers of mixture-of-experts layers,
+  - weights of fewer than `:min_elements` elements,
+  - integers, booleans and 8-bit floats,
+  - weights that the model's code in `transformers` stores transposed or insists
+    on keeping,
+  - weights whose rows the block size does not divide, where the layout needs that.
+
+  `:exclude` patterns keep more. `:include` patterns quantize what the rule would
+  have kept, as far as the format can. An exclude wins over an include.
+  """
+
+  alias VivaTensor.{Error, Native}
+
+  @own_keys [:format, :layout, :include, :exclude, :min_elements, :non_finite]
+  @float_dtypes ~w(f64 f32 f16 bf16)
+
+  # GPT-2 and its kin keep linear weights as [in, out] ("Conv1D").
+  @transposed_models ~w(gpt2 openai-gpt imagegpt decision_transformer)
+  # transformers loads these projections in f32 whatever the config asks for.
+  @f32_projections Map.new(~w(t5 mt5 umt5 longt5), &{&1, ["wo"]})
+
+  @heads ~w(lm_head embed_out output_projection score classifier qa_outputs)
+  @embeddings ~w(wte wpe shared relative_attention_bias)
+  @routers ~w(gate router shared_expert_gate)
+
+  @enforce_keys [:format, :layout]
+  defstruct [
+    :format,
+    :layout,
+    options: [],
+    settings: %{},
+    include: [],
+    exclude: [],
+    min_elements: 4096,
+    non_finite: :error
+  ]
+
+  @typedoc """
+  `options` are the format's options as they were given, `settings` the same
+  with every choice made.
+  """
+  @type t :: %__MODULE__{
+          format: atom,
+          layout: atom,
+          options: keyword,
+          settings: map,
+          include: [Regex.t()],
+          exclude: [Regex.t()],
+          min_elements: non_neg_integer,
+          non_finite: :error | :keep
+        }
+
+  @typedoc "What a recipe looks at in a tensor."
+  @type entry :: %{
+          required(:name) => String.t(),
+          required(:dtype) => String.t(),
+          required(:shape) => [non_neg_integer],
+          optional(any) => any
+        }
+
+  @type decision :: :quantize | {:keep, reason :: String.t()}
+
+  @doc """
+  Checks and completes a recipe.
+
+  - `:format` - see `VivaTensor.formats/0`; required
+  - `:layout` - how it is spelled on disk; by default the format's usual layout
+  - `:include`, `:exclude` - a regular expression for tensor names, or a list of
+    them, as strings or as `Regex`
+  - `:min_elements` - smaller weights are kept (4096)
+  - `:non_finite` - what to do about NaN and infinities in a weight: `:error`
+    fails the job, `:keep` leaves that weight unquantized (`:error`)
+
+  Every other option belongs to the format: `:method`, `:block_size`,
+  `:double_quant` and so on, as for `VivaTensor.quantize/3`.
+  """
+  @spec new(keyword) :: {:ok, t} | {:error, Error.t()}
+  def new(opts) when is_list(opts) do
+    {own, options} = Keyword.split(opts, @own_keys)
+
+    with {:ok, format} <- fetch_format(own),
+         {:ok, include} <- patterns(own, :include),
+         {:ok, exclude} <- patterns(own, :exclude),
+         {:ok, min_elements} <- min_elements(Keyword.get(own, :min_elements, 4096)),
+         {:ok, non_finite} <- non_finite(Keyword.get(own, :non_finite, :error)),
+         {:ok, spec} <- native_spec(format, options, Keyword.get(own, :layout)) do
+      {:ok,
+       %__MODULE__{
+         format: spec.format,
+         layout: spec.layout,
+         options: options,
+         settings: spec.options,
+         include: include,
+         exclude: exclude,
+         min_elements: min_elements,
+         non_finite: non_finite
+       }}
+    end
+  end
+
+  @doc "The native form of a recipe's format, options and layout."
+  @spec spec(t) :: {:ok, reference} | {:error, Error.t()}
+  def spec(%__MODULE__{} = recipe) do
+    with {:ok, spec} <- native_spec(recipe.format, recipe.options, recipe.layout) do
+      {:ok, spec.ref}
+    end
+  end
+
+  @doc """
+  Whether a tensor is quantized, or kept and why. `config` is the decoded
+  `config.json` of the model, or `nil`.
+  """
+  @spec decide(t, entry, map | nil) :: decision
+  def decide(%__MODULE__{} = recipe, entry, config \\ nil) do
+    cond do
+      pattern = matching(recipe.exclude, entry.name) ->
+        {:keep, "excluded by /#{pattern.source}/"}
+
+      reason = impossible(entry) ->
+        {:keep, reason}
+
+      matching(recipe.include, entry.name) ->
+        :quantize
+
+      reason = kept_by_rule(recipe, entry, config || %{}) ->
+        {:keep, reason}
+
+      true ->
+        :quantize
+    end
+  end
+
+  @doc """
+  The modules whose linear weight was kept, out of `{entry, decision}` pairs.
+
+  `transformers` has to be told of them, or else it expects their weights to be
+  quantized. `lm_head` is always among them: where it is tied, no tensor in the
+  file speaks for it.
+  """
+  @spec kept_modules([{entry, decision}]) :: [String.t()]
+  def kept_modules(decided) do
+    kept =
+      for {%{shape: [_, _]} = entry, {:keep, _}} <- decided,
+          weight?(entry.name),
+          not embedding?(entry.name),
+          do: module(entry.name)
+
+    Enum.uniq(kept ++ ["lm_head"])
+  end
+
+  @doc "A recipe as plain data, for `report.json`."
+  @spec to_map(t) :: map
+  def to_map(%__MODULE__{} = recipe) do
+    %{
+      format: recipe.format,
+      layout: recipe.layout,
+      settings: recipe.settings,
+      include: Enum.map(recipe.include, & &1.source),
+      exclude: Enum.map(recipe.exclude, & &1.source),
+      min_elements: recipe.min_elements,
+      non_finite: recipe.non_finite
+    }
+  end
+
+  defp fetch_format(own) do
+    case Keyword.get(own, :format) do
+      nil -> invalid(:format, "is required, for example format: :nf4")
+      format when is_atom(format) -> {:ok, format}
+      other -> invalid(:format, "expected an atom such as :nf4, got #{inspect(other)}")
+    end
+  end
+
+  defp patterns(own, key) do
+    own
+    |> Keyword.get(key, [])
+    |> List.wrap()
+    |> Enum.reduce_while({:ok, []}, fn pattern, {:ok, done} ->
+      case pattern(pattern) do
+        {:ok, regex} -> {:cont, {:ok, [regex | done]}}
+        {:error, message} -> {:halt, invalid(key, message)}
+      end
+    end)
+    |> case do
+      {:ok, patterns} -> {:ok, Enum.reverse(patterns)}
+      error -> error
+    end
+  end
+
+  defp pattern(%Regex{} = regex), do: {:ok, regex}
+
+  defp pattern(source) when is_binary(source) do
+    with {:error, {reason, at}} <- Regex.compile(source) do
+      {:error, "#{inspect(source)} is no regular expression: #{reason} at position #{at}"}
+    end
+  end
+
+  defp pattern(other), do: {:error, "expected a regular expression, got #{inspect(other)}"}
+
+  defp min_elements(n) when is_integer(n) and n >= 0, do: {:ok, n}
+
+  defp min_elements(n),
+    do: invalid(:min_elements, "expected a count of elements, got #{inspect(n)}")
+
+  defp non_finite(policy) when policy in [:error, :keep], do: {:ok, policy}
+
+  defp non_finite(policy),
+    do: invalid(:non_finite, "expected :error or :keep, got #{inspect(policy)}")
+
+  defp native_spec(format, options, layout) do
+    format |> Native.spec_new(options, layout) |> Error.wrap(:recipe)
+  end
+
+  defp invalid(option, message), do: Error.option(:recipe, to_string(option), message)
+
+  defp matching(patterns, name), do: Enum.find(patterns, &Regex.match?(&1, name))
+
+  # What no pattern can override: no format here stores these.
+  defp impossible(%{dtype: dtype}) when dtype not in @float_dtypes, do: "#{dtype} values"
+
+  defp impossible(%{shape: shape} = entry) do
+    cond do
+      0 in shape -> "no elements"
+      length(shape) == 2 -> nil
+      norm?(entry.name) -> "norm"
+      String.ends_with?(entry.name, "bias") -> "bias"
+      true -> "#{length(shape)} dimensions"
+    end
+  end
+
+  defp kept_by_rule(recipe, %{name: name, shape: [rows, columns]}, config) do
+    last = name |> module() |> last_component()
+    model_type = config["model_type"]
+
+    cond do
+      not weight?(name) ->
+        "not a linear weight"
+
+      norm?(name) ->
+        "norm"
+
+      embedding?(name) ->
+        "embedding"
+
+      head?(name) and config["tie_word_embeddings"] == true ->
+        "output head, tied to the embedding"
+
+      head?(name) ->
+        "output head"
+
+      last in @routers ->
+        "router"
+
+      model_type in @transposed_models ->
+        "stored transposed by #{model_type}"
+
+      last in Map.get(@f32_projections, model_type, []) ->
+        "kept in f32 by #{model_type}"
+
+      rows * columns < recipe.min_elements ->
+        "only #{rows * columns} elements"
+
+      true ->
+        nil
+    end
+  end
+
+  defp weight?(name), do: name == "weight" or String.ends_with?(name, ".weight")
+
+  defp embedding?(name) do
+    last = name |> module() |> last_component()
+    last in @embeddings or String.contains?(last, "embed")
+  end
+
+  # "output" and "decoder" name inner layers too, so they count only where they
+  # are the head: at the top of the original Llama files, and in BERT's `cls`.
+  defp head?(name) do
+    module = module(name)
+
+    module == "output" or String.ends_with?(module, "predictions.decoder") or
+      last_component(module) in @heads
+  end
+
+  defp norm?(name) do
+    last = name |> module() |> last_component() |> String.downcase()
+    String.contains?(last, "norm") or String.starts_with?(last, "ln")
+  end
+
+  # "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"
+  defp module(name) do
+    case String.split(name, ".") do
+      [only] -> only
+      parts -> parts |> Enum.drop(-1) |> Enum.join(".")
+    end
+  end
+
+  defp last_component(module), do: module |> String.split(".") |> List.last()
+end
