@@ -1,0 +1,65 @@
+defmodule VivaTensor.Application do
+  @moduledoc """
+  The supervision tree.
+
+      VivaTensor.Supervisor (rest_for_one)
+      |-- VivaTensor.Job.Workers      Task.Supervisor: one process for each running unit
+      |-- VivaTensor.Job.Admission    bytes in flight, over all jobs of the node
+      |-- VivaTensor.Job.Outputs      removes the temporary output of a job that dies
+      `-- VivaTensor.Job.Supervisor   one state machine for each job
+
+  A job relies on what stands above it, so the loss of any of those takes the
+  jobs down with it, and their temporary outputs.
+
+  The native thread pool has `config :viva_tensor, threads: n` threads, or
+  `VIVA_TENSOR_THREADS`, or else one for each scheduler that is online.
+  """
+
+  use Application
+
+  alias VivaTensor.{Error, Native, Telemetry}
+
+  @impl true
+  def start(_type, _args) do
+    with {:ok, _} <- configure_threads(threads()) do
+      Telemetry.init()
+
+      children = [
+        {Task.Supervisor, name: VivaTensor.Job.Workers},
+        VivaTensor.Job.Admission,
+        VivaTensor.Job.Outputs,
+        {DynamicSupervisor, name: VivaTensor.Job.Supervisor, strategy: :one_for_one}
+      ]
+
+      Supervisor.start_link(children, strategy: :rest_for_one, name: VivaTensor.Supervisor)
+    end
+  end
+
+  @doc "Sets the number of native threads that all jobs and operations share."
+  @spec configure_threads(pos_integer) :: {:ok, pos_integer} | {:error, Error.t()}
+  def configure_threads(threads) do
+    threads |> Native.configure() |> Error.wrap(:configure)
+  end
+
+  defp threads do
+    Application.get_env(:viva_tensor, :threads) || from_environment() ||
+      System.schedulers_online()
+  end
+
+  defp from_environment do
+    case System.get_env("VIVA_TENSOR_THREADS", "") do
+      "" ->
+        nil
+
+      text ->
+        case Integer.parse(text) do
+          {threads, ""} when threads > 0 ->
+            threads
+
+          _ ->
+            raise ArgumentError,
+                  "VIVA_TENSOR_THREADS must be a positive integer, got #{inspect(text)}"
+        end
+    end
+  end
+end

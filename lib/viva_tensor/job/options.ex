@@ -1,0 +1,114 @@
+defmodule VivaTensor.Job.Options do
+  @moduledoc """
+  The options of a job, checked once, before a process is started for it.
+  """
+
+  alias VivaTensor.{Error, Recipe, Size}
+
+  @keys [
+    :source,
+    :to,
+    :recipe,
+    :memory_limit,
+    :max_concurrency,
+    :max_shard_size,
+    :force,
+    :notify
+  ]
+
+  @enforce_keys [:source, :to, :recipe]
+  defstruct [
+    :source,
+    :to,
+    :recipe,
+    memory_limit: 512_000_000,
+    max_concurrency: 1,
+    max_shard_size: 5_000_000_000,
+    force: false,
+    notify: nil
+  ]
+
+  @type t :: %__MODULE__{
+          source: Path.t(),
+          to: Path.t(),
+          recipe: Recipe.t(),
+          memory_limit: pos_integer,
+          max_concurrency: pos_integer,
+          max_shard_size: pos_integer,
+          force: boolean,
+          notify: pid | nil
+        }
+
+  @doc "Reads the options of `VivaTensor.Job.start/1`."
+  @spec new(keyword) :: {:ok, t} | {:error, Error.t()}
+  def new(opts) when is_list(opts) do
+    {own, recipe_opts} = Keyword.split(opts, @keys)
+
+    with {:ok, source} <- path(own, :source),
+         {:ok, to} <- path(own, :to),
+         {:ok, memory_limit} <- size(own, :memory_limit, "512MB"),
+         {:ok, max_shard_size} <- size(own, :max_shard_size, "5GB"),
+         {:ok, max_concurrency} <- concurrency(own),
+         {:ok, force} <- flag(own, :force),
+         {:ok, notify} <- notify(own),
+         {:ok, recipe} <- recipe(own, recipe_opts) do
+      {:ok,
+       %__MODULE__{
+         source: source,
+         to: to,
+         recipe: recipe,
+         memory_limit: memory_limit,
+         max_concurrency: max_concurrency,
+         max_shard_size: max_shard_size,
+         force: force,
+         notify: notify
+       }}
+    end
+  end
+
+  defp path(own, key) do
+    case Keyword.get(own, key) do
+      path when is_binary(path) and path != "" -> {:ok, path}
+      nil -> invalid(key, "is required")
+      other -> invalid(key, "expected a path, got #{inspect(other)}")
+    end
+  end
+
+  defp size(own, key, default) do
+    with {:error, message} <- own |> Keyword.get(key, default) |> Size.parse() do
+      invalid(key, message)
+    end
+  end
+
+  defp concurrency(own) do
+    case Keyword.get(own, :max_concurrency, System.schedulers_online()) do
+      n when is_integer(n) and n > 0 -> {:ok, n}
+      other -> invalid(:max_concurrency, "expected a positive integer, got #{inspect(other)}")
+    end
+  end
+
+  defp flag(own, key) do
+    case Keyword.get(own, key, false) do
+      value when is_boolean(value) -> {:ok, value}
+      other -> invalid(key, "expected true or false, got #{inspect(other)}")
+    end
+  end
+
+  defp notify(own) do
+    case Keyword.get(own, :notify) do
+      pid when is_pid(pid) or is_nil(pid) -> {:ok, pid}
+      other -> invalid(:notify, "expected a pid, got #{inspect(other)}")
+    end
+  end
+
+  defp recipe(own, recipe_opts) do
+    case {Keyword.get(own, :recipe), recipe_opts} do
+      {nil, opts} -> Recipe.new(opts)
+      {%Recipe{} = recipe, []} -> {:ok, recipe}
+      {%Recipe{}, [{key, _} | _]} -> invalid(key, "goes into the recipe, not beside it")
+      {other, _} -> invalid(:recipe, "expected a VivaTensor.Recipe, got #{inspect(other)}")
+    end
+  end
+
+  defp invalid(option, message), do: Error.option(:job, to_string(option), message)
+end

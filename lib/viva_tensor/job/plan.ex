@@ -1,0 +1,106 @@
+defmodule VivaTensor.Job.Plan do
+  @moduledoc """
+  What a job is going to do: the opened source, one unit for each tensor in the
+  order of the file, and how the units fall into shards.
+
+  The order of the file is kept because a shard can then be synced and closed as
+  soon as its last unit is written, so few are open at a time, and because the
+  source is read from front to back. Taking the largest units first would even
+  out the end of a job, but one large unit already uses every native thread.
+  """
+
+  alias VivaTensor.{Error, Native, Recipe}
+  alias VivaTensor.Job.{FileError, Options, Unit}
+
+  @enforce_keys [:checkpoint, :bytes_on_disk, :spec, :shards]
+  defstruct [:checkpoint, :bytes_on_disk, :spec, :shards]
+
+  @typedoc """
+  `checkpoint` is what the native side tells of the opened source, `bytes_on_disk`
+  the size of its weight files, headers included.
+  """
+  @type t :: %__MODULE__{
+          checkpoint: map,
+          bytes_on_disk: non_neg_integer,
+          spec: reference,
+          shards: [[Unit.t()]]
+        }
+
+  @doc "Opens the source and decides for every tensor in it."
+  @spec make(Options.t()) :: {:ok, t} | {:error, Error.t()}
+  def make(%Options{} = options) do
+    with {:ok, checkpoint} <- options.source |> Native.checkpoint_open() |> Error.wrap(:source),
+         :ok <- not_quantized_already(checkpoint),
+         {:ok, bytes_on_disk} <- bytes_on_disk(checkpoint.files),
+         {:ok, spec} <- Recipe.spec(options.recipe),
+         units = units(checkpoint, spec, options.recipe),
+         {:ok, shards} <- shards(units, options.max_shard_size) do
+      {:ok,
+       %__MODULE__{
+         checkpoint: checkpoint,
+         bytes_on_disk: bytes_on_disk,
+         spec: spec,
+         shards: shards
+       }}
+    end
+  end
+
+  @doc """
+  Groups units into shards of at most `max_shard_size` bytes; a larger unit gets
+  a shard of its own. There is always one shard.
+  """
+  @spec shards([Unit.t()], pos_integer) :: {:ok, [[Unit.t()]]} | {:error, Error.t()}
+  def shards(units, max_shard_size) do
+    sizes = Enum.map(units, & &1.output_bytes)
+
+    with {:ok, groups} <- sizes |> Native.plan_shards(max_shard_size) |> Error.wrap(:plan) do
+      units = List.to_tuple(units)
+      {:ok, for({_, group} <- groups, do: for(index <- group, do: elem(units, index)))}
+    end
+  end
+
+  defp bytes_on_disk(files) do
+    Enum.reduce_while(files, {:ok, 0}, fn file, {:ok, bytes} ->
+      case file |> File.stat() |> FileError.wrap(:source, file) do
+        {:ok, stat} -> {:cont, {:ok, bytes + stat.size}}
+        error -> {:halt, error}
+      end
+    end)
+  end
+
+  defp units(checkpoint, spec, recipe) do
+    for {entry, id} <- Enum.with_index(checkpoint.entries) do
+      unit = %Unit{
+        id: id,
+        name: entry.name,
+        shape: entry.shape,
+        dtype: entry.dtype,
+        action: :quantize,
+        input_bytes: entry.nbytes,
+        output_bytes: entry.nbytes
+      }
+
+      with :quantize <- Recipe.decide(recipe, entry, checkpoint.config),
+           {:ok, %{bytes: bytes}} <-
+             Native.plan_tensor(spec, entry.name, entry.shape, entry.dtype) do
+        %{unit | output_bytes: bytes}
+      else
+        {:keep, reason} -> Unit.keep(unit, reason)
+        {:error, {_kind, _details, message}} -> Unit.keep(unit, message)
+      end
+    end
+  end
+
+  defp not_quantized_already(%{config: %{"quantization_config" => config}}) when is_map(config) do
+    method = config["quant_method"] || "an unnamed method"
+
+    {:error,
+     Error.new(
+       :source,
+       {:already_quantized, %{quant_method: method}},
+       "the source is already quantized (#{method}); start from the original checkpoint"
+     )}
+  end
+
+  defp not_quantized_already(_checkpoint), do: :ok
+end

@@ -1,0 +1,122 @@
+defmodule VivaTensor.Job.Publication do
+  @moduledoc """
+  The end of a job: shards get their final names, everything around them is
+  written (index, config, tokenizer files, report), and the whole directory
+  appears under its own name.
+  """
+
+  alias VivaTensor.{Error, Native, Recipe, Report}
+  alias VivaTensor.Job.{FileError, Options, Outputs, Plan, Shard}
+
+  @config "config.json"
+  @index "model.safetensors.index.json"
+  @report "report.json"
+
+  @doc """
+  Publishes finished shards. `rows` are the rows of the report, `seconds` what
+  the job has taken so far.
+  """
+  @spec publish(reference, Options.t(), Plan.t(), [Shard.t()], [Report.row()], float) ::
+          {:ok, Report.t()} | {:error, Error.t()}
+  def publish(output, options, plan, shards, rows, seconds) do
+    units = Enum.flat_map(shards, & &1.units)
+
+    with {:ok, written} <- rename(shards, output),
+         :ok <- write_index(output, written),
+         :ok <- write_config(output, plan, units),
+         :ok <- carry_companions(output, plan),
+         report = report(options, plan, rows, written, seconds),
+         {:ok, json} <-
+           report |> Report.to_map() |> Native.json_encode(true) |> Error.wrap(:output),
+         {:ok, _} <- write(output, @report, json),
+         {:ok, _path} <- Outputs.commit(output) do
+      {:ok, report}
+    end
+  end
+
+  # What is written, under the final names.
+  defp rename(shards, output) do
+    names = Shard.final_names(length(shards))
+
+    with {:ok, directory} <- output |> Native.output_path() |> Error.wrap(:output),
+         :ok <-
+           each(Enum.zip(shards, names), fn {s, name} -> Shard.rename(s, directory, name) end) do
+      {:ok, for({shard, name} <- Enum.zip(shards, names), do: put_elem(shard.written, 0, name))}
+    end
+  end
+
+  defp write_index(_output, [_only]), do: :ok
+
+  defp write_index(output, written) do
+    with {:ok, json} <- written |> Native.shard_index() |> Error.wrap(:output),
+         {:ok, _} <- write(output, @index, json),
+         do: :ok
+  end
+
+  # Without config.json the source is bare weights, and nothing says how to load them.
+  defp write_config(output, plan, units) do
+    config = Enum.find(plan.checkpoint.companions, &(&1.relative == @config))
+
+    cond do
+      config == nil ->
+        :ok
+
+      Enum.any?(units, &(&1.action == :quantize)) ->
+        with {:ok, source} <- config.file |> File.read() |> FileError.wrap(:source, config.file),
+             {:ok, json} <-
+               plan.spec
+               |> Native.config_json(source, kept_modules(units))
+               |> Error.wrap(:source),
+             {:ok, _} <- write(output, @config, json),
+             do: :ok
+
+      true ->
+        carry(output, config)
+    end
+  end
+
+  defp kept_modules(units) do
+    Recipe.kept_modules(
+      for unit <- units do
+        {unit, if(unit.action == :keep, do: {:keep, unit.reason}, else: :quantize)}
+      end
+    )
+  end
+
+  # A report in the source is of another job.
+  defp carry_companions(output, plan) do
+    plan.checkpoint.companions
+    |> Enum.reject(&(&1.relative in [@config, @report]))
+    |> each(&carry(output, &1))
+  end
+
+  defp carry(output, %{file: file, relative: relative}) do
+    with {:ok, _} <- output |> Native.output_carry(file, relative) |> Error.wrap(:output),
+         do: :ok
+  end
+
+  defp write(output, relative, content) do
+    output |> Native.output_write(relative, content) |> Error.wrap(:output)
+  end
+
+  defp report(options, plan, rows, written, seconds) do
+    Report.new(%{
+      source: options.source,
+      target: options.to,
+      recipe: options.recipe,
+      tensors: rows,
+      files: for({name, bytes, _} <- written, do: %{name: name, bytes: bytes}),
+      input_bytes: plan.bytes_on_disk,
+      seconds: seconds
+    })
+  end
+
+  defp each(items, fun) do
+    Enum.reduce_while(items, :ok, fn item, :ok ->
+      case fun.(item) do
+        :ok -> {:cont, :ok}
+        error -> {:halt, error}
+      end
+    end)
+  end
+end

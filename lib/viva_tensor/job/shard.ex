@@ -1,0 +1,116 @@
+defmodule VivaTensor.Job.Shard do
+  @moduledoc """
+  One file of the output while it is being written.
+
+  A shard is created when its first unit starts and finished when its last one is
+  done. Its id is a list, so that a shard that has to be written again can be
+  replaced by several that sort into its place; its file has a provisional name
+  until the number of shards is certain.
+  """
+
+  alias VivaTensor.{Error, Native}
+  alias VivaTensor.Job.{FileError, Plan, Unit}
+
+  @enforce_keys [:id, :units, :remaining]
+  defstruct [:id, :units, :remaining, :ref, non_finite: %{}, written: nil]
+
+  @typedoc "A finished file: its name, its bytes, its tensors and theirs."
+  @type written :: {String.t(), non_neg_integer, [{String.t(), non_neg_integer}]}
+
+  @typedoc """
+  `non_finite` says of units, by id, what they met.
+  """
+  @type t :: %__MODULE__{
+          id: [non_neg_integer],
+          units: [Unit.t()],
+          remaining: non_neg_integer,
+          ref: reference | nil,
+          non_finite: %{non_neg_integer => String.t()},
+          written: written | nil
+        }
+
+  @doc "A shard that holds `units`."
+  @spec new([non_neg_integer], [Unit.t()]) :: t
+  def new(id, units), do: %__MODULE__{id: id, units: units, remaining: length(units)}
+
+  @doc "One unit less to wait for."
+  @spec unit_done(t) :: t
+  def unit_done(%__MODULE__{} = shard), do: %{shard | remaining: shard.remaining - 1}
+
+  @doc "One unit less to wait for, though its weight has to be kept after all."
+  @spec keep_later(t, Unit.t(), String.t()) :: t
+  def keep_later(%__MODULE__{} = shard, unit, reason) do
+    unit_done(%{shard | non_finite: Map.put(shard.non_finite, unit.id, reason)})
+  end
+
+  @doc "The units of a shard that has to be written again."
+  @spec decided_again(t) :: [Unit.t()]
+  def decided_again(%__MODULE__{} = shard) do
+    for unit <- shard.units do
+      case Map.fetch(shard.non_finite, unit.id) do
+        {:ok, reason} -> Unit.keep(unit, reason)
+        :error -> unit
+      end
+    end
+  end
+
+  @doc "Creates the file with room for every unit of the plan's source, unless that was done."
+  @spec open(t, reference, Plan.t()) :: {:ok, t} | {:error, Error.t()}
+  def open(%__MODULE__{ref: nil} = shard, output, plan) do
+    tensors = for unit <- shard.units, do: {unit.name, unit.action}
+    metadata = %{"format" => "pt"}
+
+    with {:ok, ref} <-
+           output
+           |> Native.shard_create(file(shard), plan.spec, tensors, plan.checkpoint.ref, metadata)
+           |> Error.wrap(:output) do
+      {:ok, %{shard | ref: ref}}
+    end
+  end
+
+  def open(%__MODULE__{} = shard, _output, _plan), do: {:ok, shard}
+
+  @doc """
+  Removes the file of a shard that others replace.
+
+  They have names of their own, so a native call that outlived its killed worker
+  can only write to what is unlinked here.
+  """
+  @spec remove(t, reference) :: :ok | {:error, Error.t()}
+  def remove(%__MODULE__{} = shard, output) do
+    with {:ok, directory} <- output |> Native.output_path() |> Error.wrap(:output) do
+      path = Path.join(directory, file(shard))
+      path |> File.rm() |> FileError.wrap(:output, path)
+    end
+  end
+
+  @doc "Gives the file of a finished shard its final name."
+  @spec rename(t, Path.t(), String.t()) :: :ok | {:error, Error.t()}
+  def rename(%__MODULE__{} = shard, directory, name) do
+    path = Path.join(directory, file(shard))
+    path |> File.rename(Path.join(directory, name)) |> FileError.wrap(:output, path)
+  end
+
+  defp file(%__MODULE__{id: id}), do: "shard-#{Enum.join(id, "-")}.safetensors"
+
+  @doc "Writes the header and syncs the file."
+  @spec finish(reference) :: {:ok, written} | {:error, Error.t()}
+  def finish(ref), do: ref |> Native.shard_finish() |> Error.wrap(:output)
+
+  @doc """
+  The names that `transformers` looks for, one for each of `count` shards.
+
+      iex> VivaTensor.Job.Shard.final_names(1)
+      ["model.safetensors"]
+      iex> VivaTensor.Job.Shard.final_names(2)
+      ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+  """
+  @spec final_names(pos_integer) :: [String.t()]
+  def final_names(1), do: ["model.safetensors"]
+
+  def final_names(count) do
+    for number <- 1..count, do: "model-#{digits(number)}-of-#{digits(count)}.safetensors"
+  end
+
+  defp digits(number), do: number |> Integer.to_string() |> String.pad_leading(5, "0")
+end

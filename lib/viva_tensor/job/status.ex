@@ -1,0 +1,44 @@
+defmodule VivaTensor.Job.Status do
+  @moduledoc """
+  How far a job is, and how long the rest may take.
+  """
+
+  @typedoc """
+  - `state` - `:planning`, `:running`, `:finishing`, `:stopping` or `:done`
+  - `bytes`, `bytes_done` - of the source's tensors
+  - `bytes_written` - of the output's
+  - `running` - names of the tensors being worked on
+  - `eta_seconds` - `nil` until there is a rate to tell it from
+  """
+  @type t :: %{
+          state: atom,
+          tensors: non_neg_integer,
+          tensors_done: non_neg_integer,
+          bytes: non_neg_integer,
+          bytes_done: non_neg_integer,
+          bytes_written: non_neg_integer,
+          running: [String.t()],
+          seconds: float,
+          bytes_per_second: float,
+          eta_seconds: float | nil
+        }
+
+  @doc "The status of a job's state and data after `seconds`."
+  @spec of(atom, map, float) :: t
+  def of(state, data, seconds) do
+    rate = if seconds > 0, do: data.bytes_done / seconds, else: 0.0
+
+    %{
+      state: state,
+      tensors: data.totals.tensors,
+      tensors_done: data.tensors_done,
+      bytes: data.totals.bytes,
+      bytes_done: data.bytes_done,
+      bytes_written: data.bytes_written,
+      running: for({_, %{work: {:unit, unit, _}}} <- data.running, do: unit.name),
+      seconds: seconds,
+      bytes_per_second: rate,
+      eta_seconds: if(rate > 0, do: (data.totals.bytes - data.bytes_done) / rate)
+    }
+  end
+end

@@ -1,0 +1,268 @@
+defmodule VivaTensor.Report do
+  @moduledoc """
+  What a job did: how small the checkpoint became, how good it still is, and what
+  happened to every tensor.
+
+  Sizes are counted from the files. `bits_per_weight` is over the quantized
+  tensors, with scales, zero points and the fixed tables of the layout.
+  """
+
+  alias VivaTensor.{Recipe, Size, Table}
+
+  @enforce_keys [:source, :target, :recipe, :tensors, :files, :input_bytes, :seconds]
+  defstruct [
+    :source,
+    :target,
+    :recipe,
+    :tensors,
+    :files,
+    :input_bytes,
+    :seconds,
+    :output_bytes,
+    :quantized,
+    :kept,
+    :ratio,
+    :bits_per_weight,
+    :sqnr_db,
+    :worst,
+    :bytes_per_second,
+    :versions
+  ]
+
+  @typedoc """
+  One tensor. `reason` says why it was kept; what comes after `elements` belongs to
+  quantized tensors. A figure that no number can tell is `nil`: `sqnr_db` where
+  there is no error, `cosine` where all is zero.
+  """
+  @type row :: %{
+          required(:name) => String.t(),
+          required(:shape) => [non_neg_integer],
+          required(:dtype) => String.t(),
+          required(:action) => :quantize | :keep,
+          required(:reason) => String.t() | nil,
+          required(:input_bytes) => non_neg_integer,
+          required(:output_bytes) => non_neg_integer,
+          required(:elements) => non_neg_integer,
+          optional(:bits_per_weight) => float,
+          optional(:mse) => float | nil,
+          optional(:sqnr_db) => float | nil,
+          optional(:max_error) => float | nil,
+          optional(:psnr_db) => float | nil,
+          optional(:cosine) => float | nil
+        }
+
+  @typedoc """
+  `input_bytes` and `output_bytes` are those of the weight files on disk, `ratio`
+  the first over the second, `sqnr_db` that of all quantized weights together, and
+  `worst` the quantized tensor with the lowest one.
+  """
+  @type t :: %__MODULE__{
+          source: Path.t(),
+          target: Path.t(),
+          recipe: Recipe.t(),
+          tensors: [row],
+          files: [%{name: String.t(), bytes: non_neg_integer}],
+          input_bytes: non_neg_integer,
+          output_bytes: non_neg_integer,
+          quantized: non_neg_integer,
+          kept: non_neg_integer,
+          ratio: float,
+          bits_per_weight: float | nil,
+          sqnr_db: float | nil,
+          worst: %{name: String.t(), sqnr_db: float} | nil,
+          seconds: float,
+          bytes_per_second: float,
+          versions: %{atom => String.t()}
+        }
+
+  @doc "Adds the totals to what a job collected."
+  @spec new(map) :: t
+  def new(collected) do
+    report = struct!(__MODULE__, collected)
+    quantized = quantized(report)
+    output_bytes = sum(report.files, :bytes)
+
+    %{
+      report
+      | output_bytes: output_bytes,
+        quantized: length(quantized),
+        kept: length(report.tensors) - length(quantized),
+        ratio: report.input_bytes / max(output_bytes, 1),
+        bits_per_weight: bits_per_weight(quantized),
+        sqnr_db: sqnr_db(quantized),
+        worst: worst(quantized),
+        bytes_per_second: sum(report.tensors, :input_bytes) / max(report.seconds, 1.0e-6),
+        versions: versions()
+    }
+  end
+
+  @doc """
+  The row of a unit, from what its work returned. Bits per weight are counted from
+  the bytes in the file.
+  """
+  @spec row(map, map) :: row
+  def row(unit, stats) do
+    stats = Map.new(stats, fn {key, value} -> {key, if(is_number(value), do: value)} end)
+    row = Map.merge(stats, Map.take(unit, [:name, :shape, :dtype, :action, :reason]))
+
+    if row.action == :quantize,
+      do: Map.put(row, :bits_per_weight, bits_per_weight([row])),
+      else: row
+  end
+
+  @doc "A report as plain data: what `report.json` holds."
+  @spec to_map(t) :: map
+  def to_map(%__MODULE__{} = report) do
+    report |> Map.from_struct() |> Map.update!(:recipe, &Recipe.to_map/1)
+  end
+
+  @doc """
+  A report as a text table. Layers of the same kind share a row, whose SQNR is the
+  lowest of them; `tensors: true` gives each tensor a row of its own.
+  """
+  @spec table(t, keyword) :: String.t()
+  def table(%__MODULE__{} = report, opts \\ []) do
+    columns = [
+      {"tensor", :left},
+      {"n", :right},
+      {"dtype", :left},
+      {"shape", :left},
+      {"stored as", :left},
+      {"before", :right},
+      {"after", :right},
+      {"bits/w", :right},
+      {"SQNR dB", :right}
+    ]
+
+    rows =
+      report.tensors
+      |> groups(Keyword.get(opts, :tensors, false))
+      |> Enum.map(&table_row(report, &1))
+
+    IO.iodata_to_binary([
+      "#{report.source} -> #{report.target}: #{describe(report.recipe)}\n\n",
+      Table.text(columns, rows),
+      "\n",
+      summary(report)
+    ])
+  end
+
+  defp summary(report) do
+    [
+      "on disk    #{Size.format(report.input_bytes)} -> #{Size.format(report.output_bytes)}",
+      " (#{decimals(report.ratio, 2)}x smaller)\n",
+      if report.quantized > 0 do
+        [
+          "quantized  #{report.quantized} tensors, #{decimals(report.bits_per_weight, 3)} bits per weight",
+          if(report.sqnr_db, do: ", SQNR #{decimals(report.sqnr_db, 2)} dB", else: ", no error"),
+          if(report.worst,
+            do: " (lowest #{decimals(report.worst.sqnr_db, 2)} dB, #{report.worst.name})",
+            else: ""
+          ),
+          "\n"
+        ]
+      else
+        "quantized  nothing\n"
+      end,
+      "kept       #{report.kept} tensors\n",
+      "time       #{decimals(report.seconds, 2)} s, #{decimals(report.bytes_per_second / 1.0e9, 2)} GB/s\n"
+    ]
+  end
+
+  @doc """
+  A recipe in a few words: the format, its layout, and the settings that matter most
+  or were asked for.
+  """
+  @spec describe(Recipe.t()) :: String.t()
+  def describe(%Recipe{} = recipe) do
+    keys = Enum.uniq([:block_size, :method] ++ Keyword.keys(recipe.options))
+
+    settings =
+      for key <- keys, value = recipe.settings[key] do
+        if value == true, do: to_string(key), else: "#{key} #{value}"
+      end
+
+    Enum.join(["#{recipe.format} in #{recipe.layout} layout" | settings], ", ")
+  end
+
+  # Rows of the table
+
+  defp groups(rows, true), do: Enum.map(rows, &{&1.name, [&1]})
+
+  defp groups(rows, false) do
+    grouped = Enum.group_by(rows, &group_key/1)
+
+    for key <- rows |> Enum.map(&group_key/1) |> Enum.uniq() do
+      {elem(key, 0), Map.fetch!(grouped, key)}
+    end
+  end
+
+  # "model.layers.11.mlp.up_proj.weight" belongs to "model.layers.*.mlp.up_proj.weight"
+  defp group_key(row) do
+    name = Regex.replace(~r/(?<=^|\.)\d+(?=\.|$)/, row.name, "*")
+    {name, row.dtype, row.shape, row.action, row.reason}
+  end
+
+  defp table_row(report, {name, [row | _] = rows}) do
+    quantized? = row.action == :quantize
+    lowest = if quantized?, do: worst(rows)
+
+    [
+      name,
+      length(rows),
+      row.dtype,
+      Enum.join(row.shape, "x"),
+      if(quantized?, do: report.recipe.format, else: "kept: #{row.reason}"),
+      rows |> sum(:input_bytes) |> Size.format(),
+      rows |> sum(:output_bytes) |> Size.format(),
+      if(quantized?, do: rows |> bits_per_weight() |> decimals(3)),
+      if(lowest, do: decimals(lowest.sqnr_db, 2))
+    ]
+  end
+
+  # Totals
+
+  defp quantized(report), do: Enum.filter(report.tensors, &(&1.action == :quantize))
+
+  defp sum(rows, key), do: rows |> Enum.map(&Map.fetch!(&1, key)) |> Enum.sum()
+
+  defp bits_per_weight([]), do: nil
+
+  defp bits_per_weight(rows) do
+    sum(rows, :output_bytes) * 8 / max(sum(rows, :elements), 1)
+  end
+
+  defp worst(rows) do
+    rows
+    |> Enum.filter(&is_number(&1.sqnr_db))
+    |> Enum.min_by(& &1.sqnr_db, fn -> nil end)
+    |> case do
+      nil -> nil
+      row -> Map.take(row, [:name, :sqnr_db])
+    end
+  end
+
+  # SQNR of all weights together: the energies of signals and errors add up. A
+  # tensor without error adds no noise, and no figure tells its energy.
+  defp sqnr_db(rows) do
+    rows = Enum.filter(rows, &(is_number(&1.sqnr_db) and &1.mse > 0))
+    noise = rows |> Enum.map(&(&1.mse * &1.elements)) |> Enum.sum()
+
+    signal =
+      rows
+      |> Enum.map(&(&1.mse * &1.elements * :math.pow(10, &1.sqnr_db / 10)))
+      |> Enum.sum()
+
+    if noise > 0 and signal > 0, do: 10 * :math.log10(signal / noise)
+  end
+
+  defp versions do
+    %{
+      viva_tensor: to_string(Application.spec(:viva_tensor, :vsn)),
+      elixir: System.version(),
+      otp: System.otp_release()
+    }
+  end
+
+  defp decimals(number, decimals), do: :erlang.float_to_binary(number / 1, decimals: decimals)
+end

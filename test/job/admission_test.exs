@@ -1,0 +1,83 @@
+defmodule VivaTensor.Job.AdmissionTest do
+  # One process admits for the whole node.
+  use ExUnit.Case, async: false
+
+  alias VivaTensor.Job.Admission
+
+  # The processes of earlier tests may still be on their way out.
+  setup do
+    idle = fn idle ->
+      if Admission.in_flight() > 0 do
+        Process.sleep(1)
+        idle.(idle)
+      end
+    end
+
+    idle.(idle)
+    :ok
+  end
+
+  test "grants within the limit, in order, and as bytes come back" do
+    first = Admission.request(60, 100)
+    second = Admission.request(50, 100)
+    third = Admission.request(10, 100)
+
+    assert_receive {:admitted, ^first}
+    # The third would fit, but it came after the second.
+    refute_receive {:admitted, _}, 20
+    assert Admission.in_flight() == 60
+
+    Admission.release(first)
+    assert_receive {:admitted, ^second}
+    assert_receive {:admitted, ^third}
+    assert Admission.in_flight() == 60
+  end
+
+  test "more than the limit runs alone" do
+    small = Admission.request(1, 100)
+    large = Admission.request(1_000, 100)
+    assert_receive {:admitted, ^small}
+    refute_receive {:admitted, ^large}, 20
+
+    Admission.release(small)
+    assert_receive {:admitted, ^large}
+    next = Admission.request(1, 100)
+    refute_receive {:admitted, ^next}, 20
+
+    Admission.release(large)
+    assert_receive {:admitted, ^next}
+  end
+
+  test "a request can be withdrawn" do
+    first = Admission.request(100, 100)
+    second = Admission.request(100, 100)
+    third = Admission.request(100, 100)
+    assert_receive {:admitted, ^first}
+    Admission.release(second)
+    Admission.release(first)
+    assert_receive {:admitted, ^third}
+    refute_received {:admitted, ^second}
+  end
+
+  test "what a process held comes back when it ends" do
+    test = self()
+
+    {pid, monitor} =
+      spawn_monitor(fn ->
+        ticket = Admission.request(100, 100)
+        assert_receive {:admitted, ^ticket}
+        Admission.request(100, 100)
+        send(test, :holding)
+        Process.sleep(:infinity)
+      end)
+
+    assert_receive :holding
+    mine = Admission.request(100, 100)
+    refute_receive {:admitted, ^mine}, 20
+
+    Process.exit(pid, :kill)
+    assert_receive {:DOWN, ^monitor, :process, ^pid, :killed}
+    assert_receive {:admitted, ^mine}
+    assert Admission.in_flight() == 100
+  end
+end

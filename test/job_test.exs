@@ -1,0 +1,576 @@
+defmodule VivaTensor.JobTest do
+  # Jobs share one admission, and these tests watch units through telemetry.
+  use ExUnit.Case, async: false
+
+  alias VivaTensor.{Error, Job, Native, Report, Telemetry}
+  alias VivaTensor.Test.{Directory, Safetensors}
+
+  @model "examples/models/viva-tiny"
+
+  setup do
+    {:ok, dir: Directory.create!()}
+  end
+
+  defp run(opts) do
+    {:ok, job} = Job.start(opts)
+    Job.await(job, 60_000)
+  end
+
+  defp start!(opts) do
+    {:ok, job} = Job.start([notify: self()] ++ opts)
+    job
+  end
+
+  # Runs `fun` in the worker, before its unit touches any data.
+  defp at_unit_start(fun) do
+    id = make_ref()
+
+    :ok =
+      Telemetry.attach(id, [[:viva_tensor, :unit, :start]], fn _, _, unit, _ -> fun.(unit) end)
+
+    on_exit(fn -> Telemetry.detach(id) end)
+  end
+
+  # Workers wait at the start of their unit until they are told to go on.
+  defp hold_units do
+    test = self()
+
+    at_unit_start(fn unit ->
+      send(test, {:holding, self(), unit})
+      receive do: (:go -> :ok)
+    end)
+  end
+
+  defp weights(path, opts \\ []) do
+    Safetensors.write!(path, [
+      {"layers.0.up.weight", "F32", [64, 128], Safetensors.normal(64 * 128, 1)},
+      {"layers.0.down.weight", "F32", [128, 64],
+       128 |> Kernel.*(64) |> Safetensors.normal(2) |> poison(opts[:poison])},
+      {"layers.1.up.weight", "F32", [64, 128], Safetensors.normal(64 * 128, 3)},
+      {"norm.weight", "F32", [64], Safetensors.normal(64, 4)}
+    ])
+  end
+
+  defp poison(bytes, nil), do: bytes
+  defp poison(bytes, what), do: Safetensors.poison(bytes, 77, what)
+
+  defp row(report, name), do: Enum.find(report.tensors, &(&1.name == name))
+
+  # The target and nothing beside it: no temporary output is left.
+  defp assert_only(dir, names), do: assert(dir |> File.ls!() |> Enum.sort() == Enum.sort(names))
+
+  defp digests(dir) do
+    for file <- File.ls!(dir), file != "report.json", into: %{} do
+      {file, :crypto.hash(:sha256, File.read!(Path.join(dir, file)))}
+    end
+  end
+
+  describe "a job" do
+    test "compresses the bundled model", %{dir: dir} do
+      to = Path.join(dir, "nf4")
+      assert {:ok, report} = run(source: @model, to: to, format: :nf4, double_quant: true)
+
+      assert report.quantized == 14
+      assert report.kept == 6
+      assert report.bits_per_weight < 4.6
+      assert report.sqnr_db > 20
+      assert report.ratio > 2
+      assert report.worst.sqnr_db <= report.sqnr_db
+      assert row(report, "model.embed_tokens.weight").reason == "embedding"
+
+      assert_only(dir, ["nf4"])
+      assert_only(to, ~w(config.json model.safetensors report.json tokenizer.json))
+
+      size = File.stat!(Path.join(to, "model.safetensors")).size
+      assert [%{name: "model.safetensors", bytes: ^size}] = report.files
+      assert report.output_bytes == size
+
+      quantized = Enum.filter(report.tensors, &(&1.action == :quantize))
+      written = Safetensors.read!(to)
+      in_file = for {name, {_, _, bytes}} <- written, name =~ "_proj.weight", do: byte_size(bytes)
+      assert quantized |> Enum.map(& &1.output_bytes) |> Enum.sum() == Enum.sum(in_file)
+
+      source = Safetensors.read!(@model)
+
+      for %{action: :keep, name: name} <- report.tensors do
+        assert Map.fetch!(written, name) == Map.fetch!(source, name)
+      end
+
+      assert File.read!(Path.join(to, "tokenizer.json")) ==
+               File.read!(Path.join(@model, "tokenizer.json"))
+
+      {:ok, config} = to |> Path.join("config.json") |> File.read!() |> Native.json_decode()
+      assert config["model_type"] == "llama"
+      assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
+
+      {:ok, json} = to |> Path.join("report.json") |> File.read!() |> Native.json_decode()
+      assert json["output_bytes"] == size
+      assert json["recipe"]["format"] == "nf4"
+      assert length(json["tensors"]) == 20
+      assert json["versions"]["otp"] == System.otp_release()
+
+      table = Report.table(report)
+      assert table =~ "model.layers.*.mlp.down_proj.weight"
+      assert table =~ "kept: embedding"
+      assert Report.table(report, tensors: true) =~ "model.layers.1.mlp.down_proj.weight"
+    end
+
+    test "tells its story", %{dir: dir} do
+      test = self()
+      events = for what <- [:job, :unit], at <- [:start, :stop], do: [:viva_tensor, what, at]
+      :ok = Telemetry.attach("story", events, fn e, m, _, _ -> send(test, {e, m}) end)
+      on_exit(fn -> Telemetry.detach("story") end)
+
+      job = start!(source: @model, to: Path.join(dir, "out"), format: :int8)
+      {:ok, report} = Job.await(job)
+
+      assert_received {:viva_tensor_job, ^job, {:planned, %{tensors: 20, bytes: bytes}}}
+      assert bytes == report.tensors |> Enum.map(& &1.input_bytes) |> Enum.sum()
+      for row <- report.tensors, do: assert_received({:viva_tensor_job, ^job, {:unit, ^row}})
+      assert_received {:viva_tensor_job, ^job, {:done, {:ok, ^report}}}
+
+      assert_received {[:viva_tensor, :job, :start], %{system_time: _}}
+      assert_received {[:viva_tensor, :unit, :start], %{system_time: _}}
+      assert_received {[:viva_tensor, :unit, :stop], %{duration: d, input_bytes: _}} when d > 0
+      assert_received {[:viva_tensor, :job, :stop], %{duration: _, output_bytes: _}}
+
+      assert {:ok, %{state: :done, tensors: 20, tensors_done: 20, running: []}} = Job.status(job)
+      # It goes on answering.
+      assert Job.await(job) == {:ok, report}
+      assert Job.cancel(job) == {:ok, report}
+    end
+
+    test "refuses options that make no sense", %{dir: dir} do
+      for {opts, option} <- [
+            {[source: nil], "source"},
+            {[to: nil], "to"},
+            {[memory_limit: "lots"], "memory_limit"},
+            {[max_shard_size: 0], "max_shard_size"},
+            {[max_concurrency: 0], "max_concurrency"},
+            {[force: :yes], "force"},
+            {[notify: :me], "notify"},
+            {[recipe: :nf4, format: nil], "recipe"},
+            {[blok_size: 32], "blok_size"}
+          ] do
+        opts = Keyword.merge([source: @model, to: Path.join(dir, "out"), format: :nf4], opts)
+        assert {:error, %Error{reason: {:invalid_option, %{option: ^option}}}} = Job.start(opts)
+      end
+
+      assert_only(dir, [])
+    end
+
+    test "answers an await that comes too early, and is gone when it is gone", %{dir: dir} do
+      hold_units()
+      job = start!(source: @model, to: Path.join(dir, "out"), format: :nf4)
+      assert_receive {:holding, worker, %{name: name}}
+      assert {:error, %Error{reason: {:timeout, _}}} = Job.await(job, 10)
+      assert {:ok, %{state: :running, running: running}} = Job.status(job)
+      assert name in running
+
+      send(worker, :go)
+      assert {:error, %Error{reason: {:cancelled, _}}} = release_while(fn -> Job.cancel(job) end)
+      GenServer.stop(job)
+      assert {:error, %Error{reason: {:no_job, _}}} = Job.await(job)
+    end
+  end
+
+  # Lets all held workers go while `fun` runs.
+  defp release_while(fun) do
+    task = Task.async(fun)
+    release(task)
+  end
+
+  defp release(task) do
+    receive do
+      {:holding, worker, _} ->
+        send(worker, :go)
+        release(task)
+    after
+      5 -> Task.yield(task, 20) |> released(task)
+    end
+  end
+
+  defp released({:ok, result}, _task), do: result
+  defp released(nil, task), do: release(task)
+
+  describe "a worker that dies" do
+    test "is replaced, and the output is the same", %{dir: dir} do
+      calm = Path.join(dir, "calm")
+      {:ok, _} = run(source: @model, to: calm, format: :nf4)
+
+      test = self()
+
+      at_unit_start(fn unit ->
+        if unit.attempt == 1 and unit.name =~ "down_proj" do
+          send(test, {:killed, unit.name})
+          Process.exit(self(), :kill)
+        end
+      end)
+
+      to = Path.join(dir, "out")
+      job = start!(source: @model, to: to, format: :nf4)
+      assert {:ok, report} = Job.await(job)
+      assert report.quantized == 14
+
+      for layer <- 0..1 do
+        name = "model.layers.#{layer}.mlp.down_proj.weight"
+        assert_received {:killed, ^name}
+
+        assert_received {:viva_tensor_job, ^job,
+                         {:retry, %{work: ^name, attempt: 2, reason: :killed}}}
+      end
+
+      assert digests(to) == digests(calm)
+    end
+
+    test "is replaced when it is killed from outside in the middle of its unit", %{dir: dir} do
+      hold_units()
+      job = start!(source: @model, to: Path.join(dir, "out"), format: :int8, max_concurrency: 1)
+      assert_receive {:holding, worker, %{name: name, attempt: 1}}
+      Process.exit(worker, :kill)
+      assert_receive {:viva_tensor_job, ^job, {:retry, %{work: ^name}}}
+      assert {:ok, %Report{kept: 6}} = release_while(fn -> Job.await(job) end)
+    end
+
+    test "again and again fails the job", %{dir: dir} do
+      test = self()
+      event = [:viva_tensor, :unit, :exception]
+      :ok = Telemetry.attach("crash", [event], fn _, _, m, _ -> send(test, {:crash, m}) end)
+      on_exit(fn -> Telemetry.detach("crash") end)
+
+      at_unit_start(fn unit ->
+        if unit.name =~ "layers.0.self_attn.o_proj", do: Process.exit(self(), :kill)
+      end)
+
+      to = Path.join(dir, "out")
+
+      assert {:error, %Error{reason: {:worker_crashed, details}} = error} =
+               run(source: @model, to: to, format: :nf4)
+
+      assert details == %{
+               work: "model.layers.0.self_attn.o_proj.weight",
+               attempts: 3,
+               reason: ":killed"
+             }
+
+      assert Exception.message(error) =~ "o_proj"
+      for attempt <- 1..3, do: assert_received({:crash, %{attempt: ^attempt, crash: :killed}})
+      assert_only(dir, [])
+    end
+  end
+
+  describe "an end before the end" do
+    test "cancel stops, answers all who wait and leaves nothing", %{dir: dir} do
+      hold_units()
+      job = start!(source: @model, to: Path.join(dir, "out"), format: :nf4, max_concurrency: 2)
+      waiting = Task.async(fn -> Job.await(job) end)
+      assert_receive {:holding, _, _} = first
+      assert [_temporary] = File.ls!(dir)
+      send(self(), first)
+
+      assert {:error, %Error{reason: {:cancelled, %{}}}} =
+               cancelled = release_while(fn -> Job.cancel(job) end)
+
+      assert Task.await(waiting) == cancelled
+      assert Job.await(job) == cancelled
+      assert_only(dir, [])
+    end
+
+    test "a killed job leaves nothing, and its workers go", %{dir: dir} do
+      hold_units()
+      job = start!(source: @model, to: Path.join(dir, "out"), format: :nf4, max_concurrency: 1)
+      assert_receive {:holding, worker, _}
+      assert [_temporary] = File.ls!(dir)
+      monitors = for pid <- [job, worker], do: {pid, Process.monitor(pid)}
+
+      Process.exit(job, :kill)
+      assert {_, down} = List.keyfind(monitors, job, 0)
+      assert_receive {:DOWN, ^down, _, _, :killed}
+      # The answer to any call shows that the news has been dealt with.
+      :sys.get_state(VivaTensor.Job.Outputs)
+      assert_only(dir, [])
+
+      send(worker, :go)
+      assert {_, down} = List.keyfind(monitors, worker, 0)
+      assert_receive {:DOWN, ^down, _, _, :normal}
+      assert_only(dir, [])
+      assert VivaTensor.Job.Admission.in_flight() == 0
+    end
+
+    test "a linked job ends with its caller", %{dir: dir} do
+      hold_units()
+      test = self()
+
+      caller =
+        spawn(fn ->
+          {:ok, job} = Job.start_link(source: @model, to: Path.join(dir, "out"), format: :nf4)
+          send(test, {:job, job})
+          Process.sleep(:infinity)
+        end)
+
+      assert_receive {:job, job}
+      assert_receive {:holding, _, _}
+      monitor = Process.monitor(job)
+      Process.exit(caller, :shutdown)
+      assert_receive {:DOWN, ^monitor, _, _, :shutdown}
+      assert_only(dir, [])
+    end
+  end
+
+  describe "admission" do
+    defp most_at_once(opts) do
+      counter = :counters.new(2, [])
+
+      at_unit_start(fn _ ->
+        :counters.add(counter, 1, 1)
+        running = :counters.get(counter, 1)
+        if running > :counters.get(counter, 2), do: :counters.put(counter, 2, running)
+        # Long enough that units which may run together do.
+        Process.sleep(5)
+        :counters.sub(counter, 1, 1)
+      end)
+
+      {:ok, _} = run(opts)
+      :counters.get(counter, 2)
+    end
+
+    test "one unit at a time under a tiny limit", %{dir: dir} do
+      opts = [source: @model, to: Path.join(dir, "out"), format: :nf4, max_concurrency: 4]
+      assert most_at_once([memory_limit: 1] ++ opts) == 1
+    end
+
+    test "as many as allowed under a large one", %{dir: dir} do
+      opts = [source: @model, to: Path.join(dir, "out"), format: :nf4, max_concurrency: 3]
+      assert most_at_once([memory_limit: "1GB"] ++ opts) == 3
+    end
+
+    test "several jobs at once", %{dir: dir} do
+      jobs =
+        for n <- 1..4 do
+          start!(source: @model, to: Path.join(dir, "#{n}"), format: :nf4, memory_limit: "1MB")
+        end
+
+      for job <- jobs, do: assert({:ok, %Report{quantized: 14}} = Job.await(job))
+      assert 1..4 |> Enum.map(&digests(Path.join(dir, "#{&1}"))) |> Enum.uniq() |> length() == 1
+    end
+  end
+
+  describe "weights that are not finite" do
+    test "fail the job by name", %{dir: dir} do
+      for what <- [:nan, :inf, :neg_inf] do
+        source = weights(Path.join(dir, "in/model.safetensors"), poison: what)
+        to = Path.join(dir, "out")
+
+        assert {:error, %Error{reason: {:non_finite, details}} = error} =
+                 run(source: source, to: to, format: :nf4)
+
+        assert %{tensor: "layers.0.down.weight", first: 77} = details
+        assert details.nan + details.inf == 1
+        assert Exception.message(error) =~ "layers.0.down.weight"
+        assert_only(dir, ["in"])
+      end
+    end
+
+    test "are kept where the recipe says so", %{dir: dir} do
+      source = weights(Path.join(dir, "in/model.safetensors"), poison: :nan)
+      to = Path.join(dir, "out")
+      job = start!(source: source, to: to, format: :nf4, non_finite: :keep)
+      assert {:ok, report} = Job.await(job)
+
+      assert_received {:viva_tensor_job, ^job, {:kept, %{name: "layers.0.down.weight"}}}
+      assert report.quantized == 2
+      assert row(report, "layers.0.down.weight").reason == "1 NaN and 0 infinite values"
+
+      before = Safetensors.read!(source)
+      written = Safetensors.read!(to)
+      assert written["layers.0.down.weight"] == before["layers.0.down.weight"]
+      refute written["layers.0.up.weight"] == before["layers.0.up.weight"]
+      assert {:ok, %{tensors_done: 4, bytes_done: same, bytes: same}} = Job.status(job)
+
+      # The other weights are what they are without the bad one.
+      healthy = Path.join(dir, "healthy")
+
+      {:ok, _} =
+        run(source: weights(Path.join(dir, "in2/model.safetensors")), to: healthy, format: :nf4)
+
+      others = &Map.reject(Safetensors.read!(&1), fn {name, _} -> name =~ "0.down" end)
+      assert others.(to) == others.(healthy)
+    end
+
+    test "are kept in shards that stay within their size", %{dir: dir} do
+      source = weights(Path.join(dir, "in/model.safetensors"), poison: :inf)
+      to = Path.join(dir, "out")
+
+      {:ok, report} =
+        run(
+          source: source,
+          to: to,
+          format: :nf4,
+          non_finite: :keep,
+          # Two quantized weights fit, a quantized and a kept one do not.
+          max_shard_size: 20_000
+        )
+
+      names = Enum.map(report.files, & &1.name)
+
+      assert Enum.sort(names) ==
+               to
+               |> File.ls!()
+               |> Enum.filter(&(&1 =~ "safetensors"))
+               |> Enum.reject(&(&1 =~ "json"))
+               |> Enum.sort()
+
+      assert length(names) > 1
+
+      {:ok, index} =
+        to |> Path.join("model.safetensors.index.json") |> File.read!() |> Native.json_decode()
+
+      for {tensor, file} <- index["weight_map"] do
+        assert Map.has_key?(Safetensors.read!(Path.join(to, file)), tensor)
+      end
+
+      assert Map.keys(index["weight_map"]) == to |> Safetensors.read!() |> Map.keys()
+
+      assert Safetensors.read!(to)["layers.0.down.weight"] ==
+               Safetensors.read!(source)["layers.0.down.weight"]
+    end
+  end
+
+  describe "sources" do
+    test "that are not there or not what they claim", %{dir: dir} do
+      broken = Path.join(dir, "broken.safetensors")
+      File.write!(broken, <<200::little-64, "{}">>)
+
+      for {source, kind} <- [{Path.join(dir, "none"), :io}, {broken, :invalid_file}] do
+        assert {:error, %Error{op: :source, reason: {^kind, %{path: path}}}} =
+                 run(source: source, to: Path.join(dir, "out"), format: :nf4)
+
+        assert path =~ source
+      end
+
+      assert_only(dir, ["broken.safetensors"])
+    end
+
+    test "that are quantized already", %{dir: dir} do
+      first = Path.join(dir, "first")
+      {:ok, _} = run(source: @model, to: first, format: :nf4)
+
+      assert {:error, %Error{op: :source, reason: {:already_quantized, _}}} =
+               run(source: first, to: Path.join(dir, "second"), format: :nf4)
+    end
+
+    test "sharded, into shards", %{dir: dir} do
+      whole = Path.join(dir, "whole")
+      {:ok, _} = run(source: @model, to: whole, format: :int8)
+
+      # Everything kept: the same model, cut into shards.
+      sharded = Path.join(dir, "sharded")
+      limit = 600_000
+
+      {:ok, cut} =
+        run(source: @model, to: sharded, format: :int8, exclude: "", max_shard_size: limit)
+
+      assert length(cut.files) > 3
+      assert Safetensors.read!(sharded) == Safetensors.read!(@model)
+      assert cut.quantized == 0 and cut.bits_per_weight == nil
+
+      assert File.read!(Path.join(sharded, "config.json")) ==
+               File.read!(Path.join(@model, "config.json"))
+
+      out = Path.join(dir, "out")
+      {:ok, report} = run(source: sharded, to: out, format: :int8, max_shard_size: limit)
+
+      count = length(report.files)
+      assert count > 1
+
+      for %{name: name, bytes: bytes} <- report.files do
+        assert name =~ ~r/^model-\d{5}-of-#{String.pad_leading("#{count}", 5, "0")}\.safetensors$/
+        # The header comes on top of the tensors.
+        assert bytes < limit + 10_000
+      end
+
+      assert Safetensors.read!(out) == Safetensors.read!(whole)
+      refute File.exists?(Path.join(out, "model.safetensors"))
+    end
+
+    test "with tensors that nothing can quantize", %{dir: dir} do
+      source =
+        Safetensors.write!(Path.join(dir, "in.safetensors"), [
+          {"empty.weight", "F32", [0, 64], <<>>},
+          {"scalar", "F32", [], <<0.5::little-float-32>>},
+          {"steps", "I64", [2], <<1::little-64, 2::little-64>>},
+          {"odd.weight", "F32", [64, 100], Safetensors.normal(6400, 1)},
+          {"even.weight", "F32", [64, 128], Safetensors.normal(8192, 2)}
+        ])
+
+      to = Path.join(dir, "out")
+      {:ok, report} = run(source: source, to: to, format: :int4, include: ".")
+
+      assert row(report, "empty.weight").reason == "no elements"
+      assert row(report, "scalar").reason == "0 dimensions"
+      assert row(report, "steps").reason == "i64 values"
+      assert row(report, "odd.weight").reason =~ "100"
+      assert row(report, "even.weight").action == :quantize
+
+      written = Safetensors.read!(to)
+
+      for {name, tensor} <- Safetensors.read!(source), name != "even.weight" do
+        assert written[name] == tensor
+      end
+    end
+
+    test "without any tensor", %{dir: dir} do
+      source = Safetensors.write!(Path.join(dir, "in.safetensors"), [])
+      to = Path.join(dir, "out")
+      assert {:ok, %Report{quantized: 0, kept: 0}} = run(source: source, to: to, format: :nf4)
+      assert Safetensors.read!(to) == %{}
+    end
+  end
+
+  describe "targets" do
+    test "that exist are replaced only with force", %{dir: dir} do
+      to = Path.join(dir, "out")
+      File.mkdir_p!(to)
+      File.write!(Path.join(to, "precious"), "data")
+      opts = [source: @model, to: to, format: :nf4]
+
+      assert {:error, %Error{op: :output, reason: {:io, %{code: "eexist"}}}} = run(opts)
+      assert File.read!(Path.join(to, "precious")) == "data"
+      assert_only(dir, ["out"])
+
+      assert {:ok, _} = run([force: true] ++ opts)
+      refute File.exists?(Path.join(to, "precious"))
+      assert_only(dir, ["out"])
+    end
+
+    test "are never the source", %{dir: dir} do
+      source = weights(Path.join(dir, "in/model.safetensors"))
+      before = File.read!(source)
+
+      for to <- [Path.dirname(source), source, dir] do
+        assert {:error, %Error{op: :output}} =
+                 run(source: source, to: to, format: :nf4, force: true)
+
+        assert File.read!(source) == before
+      end
+    end
+
+    test "that cannot be written", %{dir: dir} do
+      file = Path.join(dir, "file")
+      File.write!(file, "")
+
+      assert {:error, %Error{op: :output, reason: {:io, %{path: path}}} = error} =
+               run(source: @model, to: Path.join(file, "out"), format: :nf4)
+
+      assert path =~ file
+      assert Exception.message(error) =~ file
+      assert_only(dir, ["file"])
+    end
+
+    test "for which the parent directories are missing", %{dir: dir} do
+      to = Path.join(dir, "a/b/out")
+      assert {:ok, _} = run(source: @model, to: to, format: :nf4)
+      assert File.exists?(Path.join(to, "config.json"))
+    end
+  end
+end
