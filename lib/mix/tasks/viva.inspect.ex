@@ -1,0 +1,46 @@
+defmodule Mix.Tasks.Viva.Inspect do
+  @shortdoc "Lists the tensors of a checkpoint"
+
+  @moduledoc """
+  Lists what a checkpoint holds.
+
+      mix viva.inspect PATH [--json]
+
+  PATH is a `.safetensors` file, a sharded directory with its index, or a Hugging
+  Face model directory. The parts of a quantized weight are shown as the one tensor
+  that they stand for, with its format, its layout and the bits it takes per weight.
+
+  ## Examples
+
+      mix viva.inspect examples/models/viva-tiny
+      mix viva.inspect viva-tiny-nf4 --json
+
+  ## Exit codes
+
+    * 0 - done
+    * 2 - wrong usage
+    * 3 - PATH cannot be read, or is not what it claims to be
+  """
+
+  use Mix.Task
+
+  alias VivaTensor.CLI
+
+  @impl Mix.Task
+  def run(argv) do
+    case CLI.Inspect.parse(argv) do
+      {:ok, flags} ->
+        Mix.Task.run("app.start")
+        flags |> CLI.Inspect.run() |> exit_with()
+
+      :help ->
+        Mix.Task.rerun("help", ["viva.inspect"])
+
+      {:error, message} ->
+        "viva.inspect" |> CLI.usage_error(message) |> exit_with()
+    end
+  end
+
+  defp exit_with(0), do: :ok
+  defp exit_with(code), do: exit({:shutdown, code})
+end

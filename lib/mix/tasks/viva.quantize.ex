@@ -1,0 +1,73 @@
+defmodule Mix.Tasks.Viva.Quantize do
+  @shortdoc "Compresses a checkpoint with a supervised job"
+
+  @moduledoc """
+  Compresses a checkpoint.
+
+      mix viva.quantize SOURCE --to DIR --format nf4
+
+  SOURCE is a `.safetensors` file, a sharded directory with its index, or a
+  Hugging Face model directory. DIR is created, complete or not at all, with the
+  weights, the config that says how to load them, the tokenizer files of SOURCE
+  and a `report.json`.
+
+  ## Flags
+
+    * `--to DIR` - where to write; required
+    * `--format F` - `int8`, `int4`, `nf4`, `fp4`; required
+    * `--method rtn|mse` - round to nearest, or search the scales of lowest error
+    * `--block-size N` - elements that share a scale
+    * `--double-quant`, `--no-double-quant` - quantize the scales of nf4 and fp4
+    * `--layout bitsandbytes|awq` - how it is spelled on disk; each format has its
+      usual one
+    * `--include RE` - also quantize tensors whose name matches; may be repeated
+    * `--exclude RE` - keep tensors whose name matches; may be repeated
+    * `--non-finite error|keep` - a weight with NaN or infinities fails the job, or
+      is kept as it is
+    * `--memory-limit 512MB` - bytes in flight
+    * `--max-shard-size 5GB` - of the written files
+    * `--threads N` - native threads
+    * `--force` - replace DIR if it exists
+    * `--json` - print the report as JSON
+
+  ## Examples
+
+      mix viva.quantize examples/models/viva-tiny --to viva-tiny-nf4 --format nf4 --double-quant
+      mix viva.quantize model.safetensors --to out --format int8 --exclude 'layers\\.0\\.'
+      mix viva.quantize ~/models/llama --to llama-awq --format int4 --method mse --memory-limit 2GB
+
+  Progress goes to standard error and the report to standard output. SIGTERM and
+  SIGQUIT (Ctrl-\\) cancel: nothing is left behind.
+
+  ## Exit codes
+
+    * 0 - done
+    * 1 - the job failed: a weight with NaN or infinities, a worker that kept dying
+    * 2 - wrong usage: an unknown flag, format or option
+    * 3 - SOURCE cannot be read, or is not what it claims to be
+    * 4 - DIR exists, cannot be written, or the disk is full
+    * 130 - cancelled
+  """
+
+  use Mix.Task
+
+  alias VivaTensor.CLI
+
+  @impl Mix.Task
+  def run(argv) do
+    case CLI.Quantize.parse(argv) do
+      {:ok, flags} ->
+        Mix.Task.run("app.start")
+        flags |> CLI.Quantize.run() |> exit_with()
+
+      :help ->
+        Mix.Task.rerun("help", ["viva.quantize"])
+
+      {:error, message} ->
+        "viva.quantize" |> CLI.usage_error(message) |> exit_with()
+    end
+  end
+
+  defp exit_with(0), do: :ok
+  defp exit_with(code), do: exit({:shutdown, code})
+end
