@@ -54,7 +54,9 @@ defmodule VivaTensor.Test.Safetensors do
 
   @doc "f32 bytes with the value at `index` replaced by NaN, `:inf` or `:neg_inf`."
   def poison(bytes, index, what) do
-    <<before::binary-size(index)-unit(32), _::32, rest::binary>> = bytes
+    at = index * 4
+    before = binary_part(bytes, 0, at)
+    rest = binary_part(bytes, at + 4, byte_size(bytes) - at - 4)
 
     pattern =
       case what do
