@@ -9,7 +9,7 @@ use crate::format::Spec;
 use crate::io::{Checkpoint, EntryDType, FixedEntry, ShardWriter};
 use crate::layout::{self, Entries, Layout};
 use crate::ops::metrics::{self, Metrics};
-use crate::ops::{Cancel, quantize};
+use crate::ops::{Cancel, pool, quantize};
 
 /// A spec, and the layout in which tensors are written.
 pub struct Target {
@@ -78,7 +78,8 @@ pub fn create_shard(
     ShardWriter::create(path, all.fixed, all.late, metadata)
 }
 
-/// Quantizes one tensor and writes it; its mapped pages are given back.
+/// Quantizes one tensor and writes it; its mapped pages are given back. All of
+/// it runs on the pool, whose threads give way to the BEAM's schedulers.
 pub fn quantize_into(
     source: &Checkpoint,
     name: &str,
@@ -92,9 +93,11 @@ pub fn quantize_into(
         .layout
         .entries(&target.spec, name, tensor.shape(), tensor.dtype())?
         .late;
-    let done = (|| {
+    let done = pool::run(|| {
         let q = quantize::quantize(&tensor, &target.spec, cancel)?;
         let metrics = metrics::quantized(&tensor, &q, cancel)?;
+        // The source is done with: its pages go before the output's arrive.
+        source.give_back(name)?;
         let mut output_bytes = 0;
         for (part, bytes) in target.layout.spell(name, &q)? {
             cancel.check()?;
@@ -112,8 +115,10 @@ pub fn quantize_into(
             bits_per_weight: Some(q.bits_per_weight()),
             metrics: Some(metrics),
         })
-    })();
-    source.give_back(name)?;
+    });
+    if done.is_err() {
+        source.give_back(name)?;
+    }
     done
 }
 
