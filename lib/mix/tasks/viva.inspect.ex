@@ -28,19 +28,20 @@ defmodule Mix.Tasks.Viva.Inspect do
 
   @impl Mix.Task
   def run(argv) do
-    case CLI.Inspect.parse(argv) do
-      {:ok, flags} ->
-        Mix.Task.run("app.start")
-        flags |> CLI.Inspect.run() |> exit_with()
+    code =
+      case CLI.Inspect.parse(argv) do
+        {:ok, flags} ->
+          Mix.Task.run("app.start")
+          CLI.Inspect.run(flags)
 
-      :help ->
-        Mix.Task.rerun("help", ["viva.inspect"])
+        :help ->
+          Mix.Task.rerun("help", ["viva.inspect"])
+          0
 
-      {:error, message} ->
-        "viva.inspect" |> CLI.usage_error(message) |> exit_with()
-    end
+        {:error, message} ->
+          CLI.usage_error("viva.inspect", message)
+      end
+
+    if code != 0, do: exit({:shutdown, code})
   end
-
-  defp exit_with(0), do: :ok
-  defp exit_with(code), do: exit({:shutdown, code})
 end

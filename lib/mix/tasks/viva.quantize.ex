@@ -55,19 +55,20 @@ defmodule Mix.Tasks.Viva.Quantize do
 
   @impl Mix.Task
   def run(argv) do
-    case CLI.Quantize.parse(argv) do
-      {:ok, flags} ->
-        Mix.Task.run("app.start")
-        flags |> CLI.Quantize.run() |> exit_with()
+    code =
+      case CLI.Quantize.parse(argv) do
+        {:ok, flags} ->
+          Mix.Task.run("app.start")
+          CLI.Quantize.run(flags)
 
-      :help ->
-        Mix.Task.rerun("help", ["viva.quantize"])
+        :help ->
+          Mix.Task.rerun("help", ["viva.quantize"])
+          0
 
-      {:error, message} ->
-        "viva.quantize" |> CLI.usage_error(message) |> exit_with()
-    end
+        {:error, message} ->
+          CLI.usage_error("viva.quantize", message)
+      end
+
+    if code != 0, do: exit({:shutdown, code})
   end
-
-  defp exit_with(0), do: :ok
-  defp exit_with(code), do: exit({:shutdown, code})
 end

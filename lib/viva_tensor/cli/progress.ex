@@ -4,7 +4,8 @@ defmodule VivaTensor.CLI.Progress do
   terminal, and elsewhere a plain line for each tenth of the way.
   """
 
-  alias VivaTensor.{Job, Size}
+  alias VivaTensor.Job.Status
+  alias VivaTensor.Size
 
   @bar 24
 
@@ -18,7 +19,7 @@ defmodule VivaTensor.CLI.Progress do
   def new, do: %__MODULE__{terminal?: IO.ANSI.enabled?()}
 
   @doc "Shows a status."
-  @spec show(t, Job.status()) :: t
+  @spec show(t, Status.t()) :: t
   def show(%__MODULE__{terminal?: true} = progress, status) do
     IO.write(:stderr, ["\r\e[K", bar(status), " ", line(status)])
     progress

@@ -140,7 +140,9 @@ defmodule VivaTensor.CLI.Quantize do
           @last_words_ms -> :ok
         end
 
-        System.halt(130)
+        # Not from here: a trap returns, and what the node does by default comes next.
+        spawn(System, :halt, [130])
+        Process.sleep(@last_words_ms)
       end)
     end
   end
