@@ -63,7 +63,9 @@ pub enum Error {
     NonFinite { nan: u64, inf: u64, first: u64 },
 
     /// A scale that its dtype cannot hold.
-    #[error("a block needs the scale {scale}, which {dtype} cannot hold; choose scale_dtype f32")]
+    #[error(
+        "a block needs the scale {scale}, which {dtype} cannot hold; choose scale_dtype f32, and scale step rather than absmax"
+    )]
     ScaleOverflow { scale: f32, dtype: String },
 
     /// A tensor or quantized weight that was released.

@@ -29,6 +29,10 @@ pub enum Granularity {
     Block(usize),
 }
 
+/// Elements of the largest block that formats take: far past any use, and far
+/// from where counting its bits would overflow.
+pub const MAX_BLOCK: i64 = 1 << 30;
+
 /// What the stored scale of a symmetric integer format means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -63,6 +67,8 @@ impl Spec {
     /// row-major order; `Tensor` granularity is encoded row by row.
     pub fn block_len(&self, shape: &[usize]) -> usize {
         match self.granularity {
+            // The rows of an empty tensor may be of any length.
+            Granularity::Tensor | Granularity::Row if shape.contains(&0) => 0,
             Granularity::Tensor | Granularity::Row => shape.last().copied().unwrap_or(1),
             Granularity::Block(n) => n,
         }

@@ -159,12 +159,9 @@ impl std::fmt::Debug for Tensor {
     }
 }
 
-/// The number of elements of a shape, or an error when it overflows.
+/// The number of elements of a shape, multiplied from its first dimension on,
+/// or an error when that overflows. What follows a zero may be of any size.
 pub fn element_count(shape: &[usize]) -> Result<usize> {
-    // A zero anywhere makes the tensor empty, however large the rest.
-    if shape.contains(&0) {
-        return Ok(0);
-    }
     shape
         .iter()
         .try_fold(1usize, |n, &d| n.checked_mul(d))
@@ -184,7 +181,10 @@ impl Tensor {
     ) -> Result<Tensor> {
         let expected = element_count(&shape)? * dtype.size();
         let actual = range.end.saturating_sub(range.start);
-        if range.end > storage.as_ref().as_ref().len() || actual != expected {
+        if range.start > range.end
+            || range.end > storage.as_ref().as_ref().len()
+            || actual != expected
+        {
             return Err(Error::SizeMismatch {
                 what: format!("bytes of a {} tensor of shape {shape:?}", dtype.name()),
                 expected,
@@ -353,11 +353,14 @@ mod tests {
             Tensor::from_slice(DType::F32, &[2, 2], &[0f32; 3]),
             Err(Error::SizeMismatch { .. })
         ));
-        assert!(matches!(
-            element_count(&[usize::MAX, 2]),
-            Err(Error::ShapeOverflow { .. })
-        ));
+        for shape in [vec![usize::MAX, 2], vec![1 << 40, 1 << 40, 0]] {
+            assert!(matches!(
+                element_count(&shape),
+                Err(Error::ShapeOverflow { .. })
+            ));
+        }
         assert_eq!(element_count(&[usize::MAX, 0, 5]), Ok(0));
+        assert_eq!(element_count(&[3, 0, usize::MAX, 2]), Ok(0));
         assert_eq!(element_count(&[]), Ok(1));
     }
 

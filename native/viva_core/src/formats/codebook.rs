@@ -12,8 +12,8 @@ use std::sync::LazyLock;
 
 use crate::error::{Error, Result};
 use crate::format::{
-    Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
-    Spec,
+    Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
+    Quantized, Scale, Spec,
 };
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
 use crate::simd::codebook::{Codebook, Encode, decode_run};
@@ -97,11 +97,13 @@ impl Format for Codebook4 {
         let method = options.take_name("method", &methods, Method::Rtn)?;
         let block = match options.take("block_size") {
             None => 64,
-            Some(OptionValue::Int(n)) if n >= 2 && (n as u64).is_power_of_two() => n as usize,
+            Some(OptionValue::Int(n)) if (2..=MAX_BLOCK).contains(&n) && n.count_ones() == 1 => {
+                n as usize
+            }
             Some(v) => {
                 return Err(Error::option(
                     "block_size",
-                    format!("expected a power of two, 2 or more, got {v}"),
+                    format!("expected a power of two from 2 to {MAX_BLOCK}, got {v}"),
                 ));
             }
         };
@@ -202,6 +204,12 @@ impl Format for Codebook4 {
         }
         let absmax = working[1].1.to_f32_vec();
         let nested = dynamic_map::double_quantize(&absmax);
+        if !nested.offset.is_finite() {
+            return Err(Error::option(
+                "double_quant",
+                "the sum of the scales is past the range of f32; quantize without it",
+            ));
+        }
         let blocks = nested.codes.len();
         let outer = nested.absmax.len();
         working[1].1 = Tensor::from_slice(DType::U8, &[blocks], &nested.codes)?;

@@ -13,11 +13,12 @@
 
 use crate::error::{Error, Result};
 use crate::format::{
-    Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
-    Spec,
+    Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
+    Quantized, Scale, Spec,
 };
 use crate::simd::int::{Choice, Encode, Fit, Grid, decode_run};
 use crate::simd::nibble::{self, Order};
+use crate::simd::stats::RangeWithZero;
 use crate::simd::vector::round_f16;
 use crate::simd::{Isa, Op, dispatch};
 use crate::tensor::{DType, Tensor, element_count, narrow};
@@ -75,6 +76,23 @@ impl Int {
         })
     }
 
+    /// A scale that overflowed its dtype would turn a whole block infinite.
+    fn overflow(&self, spec: &Spec, extremes: Extremes) -> Error {
+        let (scale, dtype) = match spec.scale {
+            Scale::Absmax => (extremes.absmax(), DType::F16),
+            Scale::Step => {
+                let exact = self
+                    .grid(spec.symmetric)
+                    .rtn(DType::F32, extremes.min, extremes.max);
+                (exact.scale, spec.scale_dtype)
+            }
+        };
+        Error::ScaleOverflow {
+            scale,
+            dtype: dtype.name().into(),
+        }
+    }
+
     /// The one scale of a tensor under `Granularity::Tensor`.
     fn tensor_fit(&self, spec: &Spec, extremes: Extremes) -> Fit {
         match spec.scale {
@@ -95,10 +113,12 @@ fn take_granularity(options: &mut Options, default: Granularity) -> Result<Granu
         None => Ok(default),
         Some(OptionValue::Name(n)) if n == "row" => Ok(Granularity::Row),
         Some(OptionValue::Name(n)) if n == "tensor" => Ok(Granularity::Tensor),
-        Some(OptionValue::Int(n)) if n > 0 && n % 2 == 0 => Ok(Granularity::Block(n as usize)),
+        Some(OptionValue::Int(n)) if (2..=MAX_BLOCK).contains(&n) && n % 2 == 0 => {
+            Ok(Granularity::Block(n as usize))
+        }
         Some(v) => Err(Error::option(
             "block_size",
-            format!("expected row, tensor, or an even number of elements, got {v}"),
+            format!("expected row, tensor, or an even number up to {MAX_BLOCK}, got {v}"),
         )),
     }
 }
@@ -258,7 +278,14 @@ impl Format for Int {
             scales: &mut scales,
             zeros: &mut zeros,
         });
-        check_scales(spec.scale_dtype, &scales)?;
+        if let Some(block) = scales.iter().position(|s| !s.is_finite()) {
+            let extremes = extremes.unwrap_or_else(|| {
+                let end = x.len().min((block + 1) * block_len);
+                let (min, max) = dispatch(RangeWithZero(&x[block * block_len..end]));
+                Extremes { min, max }
+            });
+            return Err(self.overflow(spec, extremes));
+        }
         if self.bits == 4 {
             nibble::pack(Order::LowFirst, &unpacked, parts[0]);
         }
@@ -285,7 +312,9 @@ impl Format for Int {
             return Ok(working);
         };
         let fit = self.tensor_fit(spec, extremes);
-        check_scales(spec.scale_dtype, &[fit.scale])?;
+        if !fit.scale.is_finite() {
+            return Err(self.overflow(spec, extremes));
+        }
         let mut bytes = vec![0; spec.scale_dtype.size()];
         narrow(spec.scale_dtype, &[fit.scale], &mut bytes)?;
         working[1].1 = Tensor::from_slice(spec.scale_dtype, &[1], &bytes)?;
@@ -317,17 +346,6 @@ impl Format for Int {
             scales: q.part("scales")?,
             zeros,
         }))
-    }
-}
-
-/// A scale that overflowed its dtype would turn a whole block infinite.
-fn check_scales(dtype: DType, scales: &[f32]) -> Result<()> {
-    match scales.iter().find(|s| !s.is_finite()) {
-        None => Ok(()),
-        Some(&scale) => Err(Error::ScaleOverflow {
-            scale,
-            dtype: dtype.name().into(),
-        }),
     }
 }
 

@@ -19,7 +19,7 @@ pub fn matmul_shape(x: &Tensor, q: &Quantized) -> Result<Vec<usize>> {
         return Err(Error::ShapeMismatch {
             what: "matmul takes a quantized matrix [n, k]".into(),
             expected: vec![
-                q.shape.iter().rev().skip(1).product(),
+                q.shape.split_last().map_or(1, |(_, n)| n.iter().product()),
                 *q.shape.last().unwrap_or(&1),
             ],
             actual: q.shape.clone(),

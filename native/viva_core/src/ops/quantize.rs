@@ -55,8 +55,11 @@ pub fn quantize(x: &Tensor, spec: &Spec, cancel: &Cancel) -> Result<Quantized> {
         Ok(extremes)
     });
     let extremes = match outcome {
-        // Chunks only notice; what and where is counted once, over all.
-        Err(Error::NonFinite { .. }) => return Err(count_non_finite(x)),
+        // Chunks only notice; what and where is counted once, over all. And a
+        // scale of the whole tensor overflows in its finite chunks too.
+        Err(error @ (Error::NonFinite { .. } | Error::ScaleOverflow { .. })) => {
+            return Err(count_non_finite(x).unwrap_or(error));
+        }
         other => other?,
     };
     let filled = working
@@ -143,7 +146,7 @@ fn extremes(x: &Tensor, cancel: &Cancel) -> Result<Extremes> {
         )
 }
 
-fn count_non_finite(x: &Tensor) -> Error {
+fn count_non_finite(x: &Tensor) -> Option<Error> {
     let mut scratch = Vec::new();
     let (mut nan, mut inf, mut first) = (0, 0, None);
     for start in (0..x.len()).step_by(CHUNK) {
@@ -156,9 +159,5 @@ fn count_non_finite(x: &Tensor) -> Error {
             }
         }
     }
-    Error::NonFinite {
-        nan,
-        inf,
-        first: first.unwrap_or(0),
-    }
+    first.map(|first| Error::NonFinite { nan, inf, first })
 }
