@@ -10,8 +10,8 @@ use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::format::{Quantized, Spec};
-use crate::tensor::{DType, SharedBytes, Tensor, element_count};
+use crate::format::{self, Quantized, Spec};
+use crate::tensor::{DType, SharedBytes, Tensor};
 
 const KEY: &str = "viva_tensor.quantized";
 
@@ -28,6 +28,18 @@ fn invalid(message: impl ToString) -> Error {
     }
 }
 
+/// The dtypes of parts, as safetensors calls them.
+fn stored_dtype(dtype: DType) -> Result<safetensors::Dtype> {
+    Ok(match dtype {
+        DType::F32 => safetensors::Dtype::F32,
+        DType::F16 => safetensors::Dtype::F16,
+        DType::BF16 => safetensors::Dtype::BF16,
+        DType::I8 => safetensors::Dtype::I8,
+        DType::U8 => safetensors::Dtype::U8,
+        other => return Err(invalid(format!("no part has dtype {}", other.name()))),
+    })
+}
+
 /// Serializes `q`.
 pub fn dump(q: &Quantized) -> Result<Vec<u8>> {
     let head = Head {
@@ -40,14 +52,7 @@ pub fn dump(q: &Quantized) -> Result<Vec<u8>> {
         .parts
         .iter()
         .map(|(name, t)| {
-            let dtype = match t.dtype() {
-                DType::F32 => safetensors::Dtype::F32,
-                DType::F16 => safetensors::Dtype::F16,
-                DType::BF16 => safetensors::Dtype::BF16,
-                DType::I8 => safetensors::Dtype::I8,
-                DType::U8 => safetensors::Dtype::U8,
-                other => return Err(invalid(format!("no part has dtype {}", other.name()))),
-            };
+            let dtype = stored_dtype(t.dtype())?;
             let view = TensorView::new(dtype, t.shape().to_vec(), t.bytes()).map_err(invalid)?;
             Ok((*name, view))
         })
@@ -70,17 +75,31 @@ pub fn load(bytes: SharedBytes) -> Result<Quantized> {
         .and_then(|m| m.get(KEY))
         .ok_or_else(|| invalid("its metadata names no format"))?;
     let Head { spec, shape, dtype } = serde_json::from_str(head).map_err(invalid)?;
-    element_count(&shape)?;
     let format = spec.format()?;
-    if matches!(spec.granularity, crate::format::Granularity::Block(0)) {
-        return Err(invalid("a block of no elements"));
+    let options = format.options(&spec).into_iter();
+    let options = options.map(|(name, v)| (name.to_string(), v)).collect();
+    if format::spec(&spec.format, options).map_err(invalid)? != spec {
+        return Err(invalid("no options give its spec"));
+    }
+    if !dtype.is_float() {
+        return Err(invalid(format!("weights of dtype {}", dtype.name())));
     }
     let views = SafeTensors::deserialize(slice).map_err(invalid)?;
-    let parts = format
-        .parts(&spec, &shape)?
+    let declared = format.parts(&spec, &shape)?;
+    if views.len() != declared.len() {
+        return Err(invalid(format!(
+            "{} parts where {} belong",
+            views.len(),
+            declared.len()
+        )));
+    }
+    let parts = declared
         .into_iter()
         .map(|part| {
             let view = views.tensor(part.name).map_err(invalid)?;
+            if view.dtype() != stored_dtype(part.dtype)? {
+                return Err(invalid(format!("part {} of another dtype", part.name)));
+            }
             let start = view.data().as_ptr().addr() - slice.as_ptr().addr();
             let range = start..start + view.data().len();
             Ok((
