@@ -2,6 +2,8 @@ defmodule VivaTensor.JobTest do
   # Jobs share one admission, and these tests watch units through telemetry.
   use ExUnit.Case, async: false
 
+  import ExUnit.CaptureLog
+
   alias VivaTensor.{Error, Job, Native, Report, Telemetry}
   alias VivaTensor.Test.{Directory, Safetensors}
 
@@ -295,6 +297,36 @@ defmodule VivaTensor.JobTest do
       assert_receive {:DOWN, ^down, _, _, :normal}
       assert_only(dir, [])
       assert VivaTensor.Job.Admission.in_flight() == 0
+    end
+
+    test "the loss of what stands above a job takes it down, with its output", %{dir: dir} do
+      hold_units()
+
+      for name <- [VivaTensor.Job.Workers, VivaTensor.Job.Outputs] do
+        job = start!(source: @model, to: Path.join(dir, "out"), format: :nf4, max_concurrency: 1)
+        assert_receive {:holding, worker, %{job: ^job}}
+        assert [_temporary] = File.ls!(dir)
+        supervisor = Process.whereis(VivaTensor.Job.Supervisor)
+        monitor = Process.monitor(job)
+
+        capture_log(fn ->
+          name |> Process.whereis() |> Process.exit(:kill)
+          assert_receive {:DOWN, ^monitor, _, _, :shutdown}
+          await_another(VivaTensor.Job.Supervisor, supervisor)
+        end)
+
+        assert_only(dir, [])
+        send(worker, :go)
+      end
+
+      assert {:ok, _} = release_while(fn -> run(source: @model, to: dir, format: :nf4) end)
+    end
+
+    defp await_another(name, pid) do
+      if Process.whereis(name) in [nil, pid] do
+        Process.sleep(1)
+        await_another(name, pid)
+      end
     end
 
     test "a linked job ends with its caller", %{dir: dir} do

@@ -85,7 +85,7 @@ defmodule VivaTensor.Job.Machine do
 
   def terminate(_reason, _state, data) do
     Native.cancel(data.cancel)
-    Outputs.discard()
+    Native.output_abort(data.output)
   end
 
   @impl true
@@ -388,7 +388,7 @@ defmodule VivaTensor.Job.Machine do
   defp stopped(%{running: running} = data) when map_size(running) > 0, do: {:keep_state, data}
 
   defp stopped(data) do
-    if data.output, do: Outputs.discard()
+    if data.output, do: Native.output_abort(data.output)
     conclude(data.result, %{data | output: nil})
   end
 

@@ -2,8 +2,8 @@ defmodule VivaTensor.Job.Outputs do
   @moduledoc """
   Creates the temporary outputs of jobs and removes those whose job dies.
 
-  A job that ends in order removes its own output. A job that is killed cannot,
-  so this process, which stands above all jobs, watches them and cleans up. It
+  A job that ends in order commits or removes its own output. A job that is killed
+  cannot, so this process, which stands above all jobs, watches them and cleans up. It
   also raises the job's cancel flag: workers that outlive their job are inside a
   native call, and leave it soon after.
   """
@@ -24,19 +24,6 @@ defmodule VivaTensor.Job.Outputs do
     GenServer.call(__MODULE__, {:create, target, force?, protected, cancel}, :infinity)
   end
 
-  @doc "Gives the output its final name and stops watching the caller."
-  @spec commit(reference) :: {:ok, Path.t()} | {:error, Error.t()}
-  def commit(output) do
-    with {:ok, path} <- output |> Native.output_commit() |> Error.wrap(:output) do
-      GenServer.call(__MODULE__, :forget, :infinity)
-      {:ok, path}
-    end
-  end
-
-  @doc "Removes the output of the calling process."
-  @spec discard() :: :ok
-  def discard, do: GenServer.call(__MODULE__, :discard, :infinity)
-
   @impl true
   def init(_) do
     Process.flag(:trap_exit, true)
@@ -45,49 +32,32 @@ defmodule VivaTensor.Job.Outputs do
 
   @impl true
   def handle_call({:create, target, force?, protected, cancel}, {pid, _}, outputs) do
-    case target |> Native.output_create(force?, protected) |> Error.wrap(:output) do
-      {:ok, output} ->
-        {:reply, {:ok, output}, Map.put(outputs, pid, {Process.monitor(pid), output, cancel})}
+    result = target |> Native.output_create(force?, protected) |> Error.wrap(:output)
 
-      error ->
-        {:reply, error, outputs}
-    end
+    outputs =
+      case result do
+        {:ok, output} -> Map.put(outputs, Process.monitor(pid), {output, cancel})
+        {:error, _} -> outputs
+      end
+
+    {:reply, result, outputs}
   end
 
-  def handle_call(:discard, {pid, _}, outputs), do: {:reply, :ok, remove(outputs, pid)}
-  def handle_call(:forget, {pid, _}, outputs), do: {:reply, :ok, elem(forget(outputs, pid), 1)}
-
   @impl true
-  def handle_info({:DOWN, _monitor, :process, pid, _reason}, outputs) do
-    {:noreply, remove(outputs, pid)}
+  def handle_info({:DOWN, monitor, :process, _pid, _reason}, outputs) do
+    {watched, outputs} = Map.pop(outputs, monitor)
+    remove(watched)
+    {:noreply, outputs}
   end
 
   def handle_info({:EXIT, _pid, _reason}, outputs), do: {:noreply, outputs}
 
   @impl true
-  def terminate(_reason, outputs) do
-    Enum.each(Map.keys(outputs), &remove(outputs, &1))
-  end
+  def terminate(_reason, outputs), do: outputs |> Map.values() |> Enum.each(&remove/1)
 
-  defp remove(outputs, pid) do
-    {watched, outputs} = forget(outputs, pid)
-
-    with {output, cancel} <- watched do
-      Native.cancel(cancel)
-      Native.output_abort(output)
-    end
-
-    outputs
-  end
-
-  defp forget(outputs, pid) do
-    case Map.pop(outputs, pid) do
-      {nil, outputs} ->
-        {nil, outputs}
-
-      {{monitor, output, cancel}, outputs} ->
-        Process.demonitor(monitor, [:flush])
-        {{output, cancel}, outputs}
-    end
+  # Of an output that its job has committed or removed, nothing is left to remove.
+  defp remove({output, cancel}) do
+    Native.cancel(cancel)
+    Native.output_abort(output)
   end
 end

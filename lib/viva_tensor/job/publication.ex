@@ -6,7 +6,7 @@ defmodule VivaTensor.Job.Publication do
   """
 
   alias VivaTensor.{Error, Native, Recipe, Report}
-  alias VivaTensor.Job.{FileError, Options, Outputs, Plan, Shard}
+  alias VivaTensor.Job.{FileError, Options, Plan, Shard}
 
   @config "config.json"
   @index "model.safetensors.index.json"
@@ -29,7 +29,7 @@ defmodule VivaTensor.Job.Publication do
          {:ok, json} <-
            report |> Report.to_map() |> Native.json_encode(true) |> Error.wrap(:output),
          {:ok, _} <- write(output, @report, json),
-         {:ok, _path} <- Outputs.commit(output) do
+         {:ok, _path} <- output |> Native.output_commit() |> Error.wrap(:output) do
       {:ok, report}
     end
   end
