@@ -413,15 +413,16 @@ fn a_cancelled_call_stops() {
 
 #[test]
 fn a_call_under_way_stops_when_it_is_cancelled() {
-    // A search over 64 million elements takes seconds.
-    let n = 1 << 26;
-    let x = Tensor::from_slice(DType::BF16, &[n / 128, 128], &vec![0x3f80u16; n]).unwrap();
+    // A search over 16 million elements takes a good part of a second.
+    let n = 1 << 24;
+    let bytes = Arc::new(vec![0x3fu8; 2 * n]);
+    let x = Tensor::new(DType::BF16, vec![n / 128, 128], bytes, 0..2 * n).unwrap();
     let spec = make("int4", &[("method", name("mse"))]);
     let cancel = Cancel::new();
     let flag = cancel.clone();
     let begun = Instant::now();
     let waiter = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(20));
         flag.cancel();
         Instant::now()
     });
