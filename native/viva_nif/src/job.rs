@@ -20,12 +20,7 @@ use crate::resource::{
 use crate::terms::{self, Name, Options};
 
 #[rustler::nif]
-fn spec_new<'a>(
-    env: Env<'a>,
-    format: Name,
-    options: Options,
-    layout: Name,
-) -> Outcome<Term<'a>> {
+fn spec_new<'a>(env: Env<'a>, format: Name, options: Options, layout: Name) -> Outcome<Term<'a>> {
     // nil leaves the choice to the format.
     let name = Some(layout.0.as_str()).filter(|&n| n != "nil");
     let (spec, layout) = layout::resolve(&format.0, &options.0, name)?;
