@@ -268,11 +268,26 @@ fn quant_state(q: &Quantized) -> Result<String> {
 /// A finite number as Python's `repr` writes it: the shortest digits, with an
 /// exponent of two digits or more outside 1e-4 … 1e16.
 fn python_float(v: f64) -> String {
-    let magnitude = v.abs();
-    if v == 0.0 || (1e-4..1e16).contains(&magnitude) {
-        return format!("{v:?}");
-    }
-    let text = format!("{v:e}");
+    let positional = v == 0.0 || (1e-4..1e16).contains(&v.abs());
+    let shortest = if positional {
+        format!("{v:?}")
+    } else {
+        format!("{v:e}")
+    };
+    // Of two shortest numbers that are equally near, Rust takes the larger one and
+    // Python the even one, as rounding to that many digits does.
+    let (number, _) = shortest.split_once('e').unwrap_or((&shortest, ""));
+    let decimals = number.split_once('.').map_or(0, |(_, d)| d.len());
+    let rounded = if positional {
+        format!("{v:.decimals$}")
+    } else {
+        format!("{v:.decimals$e}")
+    };
+    let text = if rounded.parse() == Ok(v) {
+        rounded
+    } else {
+        shortest
+    };
     match text.split_once('e') {
         Some((digits, exponent)) => {
             let (sign, exponent) = match exponent.strip_prefix('-') {
@@ -415,6 +430,8 @@ mod tests {
     fn floats_are_spelled_as_python_spells_them() {
         for (v, text) in [
             (0.11706781387329102, "0.11706781387329102"),
+            // 0.111743927001953125: as near to the one that ends in 3.
+            (0.11174392700195312, "0.11174392700195312"),
             (0.0, "0.0"),
             (2.0, "2.0"),
             (-0.5, "-0.5"),
