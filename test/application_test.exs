@@ -24,6 +24,6 @@ defmodule VivaTensor.ApplicationTest do
 
   test "a count of threads that is none is named" do
     {output, 0} = node_with("many", "IO.inspect()")
-    assert output =~ ~s(VIVA_TENSOR_THREADS must be a positive integer, got \\\"many\\\")
+    assert output =~ ~s(VIVA_TENSOR_THREADS take a positive integer, got \\\"many\\\")
   end
 end

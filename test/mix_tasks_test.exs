@@ -280,8 +280,8 @@ defmodule VivaTensor.MixTasksTest do
       else
         IO.puts(:stderr, """
 
-        SKIPPED: a full disk. This machine lets nobody mount a file system
-        (tried unshare and mount): run the tests as root to have it checked.
+        SKIPPED: a full disk and a read-only one. The tests may not mount a file system
+        here (tried unshare -m as root, unshare -rm otherwise, outside of a chroot).
         """)
       end
     end

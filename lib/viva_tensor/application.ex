@@ -42,24 +42,25 @@ defmodule VivaTensor.Application do
   end
 
   defp threads do
-    Application.get_env(:viva_tensor, :threads) || from_environment() ||
-      System.schedulers_online()
+    case Application.get_env(:viva_tensor, :threads) || System.get_env("VIVA_TENSOR_THREADS") do
+      unset when unset in [nil, ""] -> System.schedulers_online()
+      threads -> count(threads) || raise ArgumentError, no_count(threads)
+    end
   end
 
-  defp from_environment do
-    case System.get_env("VIVA_TENSOR_THREADS", "") do
-      "" ->
-        nil
+  defp count(threads) when is_integer(threads) and threads > 0, do: threads
 
-      text ->
-        case Integer.parse(text) do
-          {threads, ""} when threads > 0 ->
-            threads
-
-          _ ->
-            raise ArgumentError,
-                  "VIVA_TENSOR_THREADS must be a positive integer, got #{inspect(text)}"
-        end
+  defp count(text) when is_binary(text) do
+    case Integer.parse(text) do
+      {threads, ""} when threads > 0 -> threads
+      _ -> nil
     end
+  end
+
+  defp count(_other), do: nil
+
+  defp no_count(threads) do
+    "config :viva_tensor, threads: and VIVA_TENSOR_THREADS take a positive integer, " <>
+      "got #{inspect(threads)}"
   end
 end
