@@ -121,11 +121,11 @@ impl Layout for Awq {
             json!(kept)
         };
         if let Value::Object(map) = config {
-            // Its kernels compute in f16, whatever the model was trained in.
-            for key in ["dtype", "torch_dtype"] {
-                if map.contains_key(key) {
-                    map.insert(key.into(), json!("float16"));
-                }
+            // Its kernels compute in f16, whatever the model was trained in. Told
+            // nothing, loaders take the dtype of the first tensor.
+            map.insert("dtype".into(), json!("float16"));
+            if let Some(dtype) = map.get_mut("torch_dtype") {
+                *dtype = json!("float16");
             }
         }
         set_config(
@@ -288,4 +288,30 @@ fn transpose_u16(bytes: &[u8], rows: usize, columns: usize) -> Vec<u8> {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::spec;
+
+    #[test]
+    fn the_config_asks_for_f16() {
+        let spec = spec("int4", vec![]).unwrap();
+        for (before, after) in [
+            (json!({}), json!({"dtype": "float16"})),
+            (
+                json!({"torch_dtype": "bfloat16"}),
+                json!({"dtype": "float16", "torch_dtype": "float16"}),
+            ),
+        ] {
+            let mut config = before;
+            Awq.config(&spec, &mut config, &[]);
+            config
+                .as_object_mut()
+                .unwrap()
+                .remove("quantization_config");
+            assert_eq!(config, after);
+        }
+    }
 }
