@@ -3,7 +3,7 @@
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 export LANG ?= C.UTF-8
 
-.PHONY: help setup deps demo test check lint dialyzer docs matrix clean
+.PHONY: help setup deps demo test check lint dialyzer docs matrix oracle clean
 .NOTPARALLEL:
 
 help: ## Show the targets
@@ -41,6 +41,9 @@ docs: deps ## Build the documentation into doc/ and target/doc (needs root)
 matrix: deps ## Run the Elixir tests on the Elixir of Debian trixie and sid (needs root)
 	@bin/setup --matrix
 	bin/matrix
+
+oracle: deps ## Hold quantized models to bitsandbytes and AWQ (needs PyPI, 5 GB)
+	test/oracle/run
 
 clean: ## Remove everything that was built
 	rm -rf _build deps doc demo priv/native target
