@@ -33,6 +33,10 @@ defmodule VivaTensor.Error do
   | `:unknown_tensor` | `name`, `hint` |
   | `:io` | `path`, `code` (`"enospc"`, `"eacces"`, `"enoent"` …), `message` |
   | `:cancelled` | |
+  | `:already_quantized` | `quant_method` |
+  | `:worker_crashed` | `work`, `attempts`, `reason` |
+  | `:timeout` | `milliseconds` |
+  | `:no_job` | `reason` |
   """
 
   @type t :: %__MODULE__{op: atom, reason: {atom, map}, message: String.t()}

@@ -56,6 +56,7 @@ defmodule VivaTensor.Native do
     shard_finish: [:shard],
     shard_index: [:shards],
     plan_shards: [:sizes, :max_shard_size],
+    shard_name: [:index, :count],
     unit_quantize: [:checkpoint, :name, :spec, :shard, :cancel],
     unit_keep: [:checkpoint, :name, :shard, :cancel]
   ]

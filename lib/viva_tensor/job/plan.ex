@@ -55,7 +55,7 @@ defmodule VivaTensor.Job.Plan do
 
     with {:ok, groups} <- sizes |> Native.plan_shards(max_shard_size) |> Error.wrap(:plan) do
       units = List.to_tuple(units)
-      {:ok, for({_, group} <- groups, do: for(index <- group, do: elem(units, index)))}
+      {:ok, for(group <- groups, do: for(index <- group, do: elem(units, index)))}
     end
   end
 

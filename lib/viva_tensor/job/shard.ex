@@ -106,11 +106,5 @@ defmodule VivaTensor.Job.Shard do
       ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
   """
   @spec final_names(pos_integer) :: [String.t()]
-  def final_names(1), do: ["model.safetensors"]
-
-  def final_names(count) do
-    for number <- 1..count, do: "model-#{digits(number)}-of-#{digits(count)}.safetensors"
-  end
-
-  defp digits(number), do: number |> Integer.to_string() |> String.pad_leading(5, "0")
+  def final_names(count), do: for(index <- 0..(count - 1), do: Native.shard_name(index, count))
 end

@@ -206,14 +206,14 @@ fn shard_index(shards: Vec<WrittenTerm>) -> Outcome<String> {
     Ok(io::index_json(&shards))
 }
 
-/// The shards' file names, each with the indexes of its tensors.
+/// The indexes of each shard's tensors.
 #[rustler::nif(schedule = "DirtyCpu")]
-fn plan_shards(sizes: Vec<usize>, max_shard_size: usize) -> Outcome<Vec<(String, Vec<usize>)>> {
-    let shards = io::plan_shards(&sizes, max_shard_size);
-    let count = shards.len();
-    Ok(shards
-        .into_iter()
-        .enumerate()
-        .map(|(i, indexes)| (io::shard_name(i, count), indexes))
-        .collect())
+fn plan_shards(sizes: Vec<usize>, max_shard_size: usize) -> Outcome<Vec<Vec<usize>>> {
+    Ok(io::plan_shards(&sizes, max_shard_size))
+}
+
+/// The final name of a shard, from 0, among `count`.
+#[rustler::nif]
+fn shard_name(index: usize, count: usize) -> String {
+    io::shard_name(index, count)
 }

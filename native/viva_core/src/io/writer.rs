@@ -42,14 +42,21 @@ pub struct LateEntry {
 #[derive(Debug)]
 pub struct ShardWriter {
     path: PathBuf,
-    /// `None` once the file is finished.
-    file: RwLock<Option<File>>,
+    state: RwLock<State>,
     metadata: BTreeMap<String, String>,
     /// Bytes that the header is padded to.
     header_len: usize,
     fixed: Vec<Slot>,
     by_name: HashMap<String, usize>,
     late: Mutex<Vec<LateSlot>>,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Before the file is created.
+    Planned,
+    Open(File),
+    Finished(WrittenShard),
 }
 
 #[derive(Debug)]
@@ -125,7 +132,7 @@ impl ShardWriter {
             .collect();
         let mut writer = ShardWriter {
             path,
-            file: RwLock::new(None),
+            state: RwLock::new(State::Planned),
             metadata,
             header_len: 0,
             fixed: slots,
@@ -149,7 +156,7 @@ impl ShardWriter {
             ));
         }
         let len = writer.data_start() + header.entries.last().map_or(0, |e| e.range.end);
-        writer.file = RwLock::new(Some(create_file(&writer.path, len as u64)?));
+        writer.state = RwLock::new(State::Open(create_file(&writer.path, len as u64)?));
         writer.late = Mutex::new(
             late.into_iter()
                 .map(|entry| LateSlot { entry, bytes: None })
@@ -228,11 +235,16 @@ impl ShardWriter {
     ///
     /// # Errors
     /// [`Error::InvalidFile`] when a tensor is not wholly written (it can still
-    /// be, and `finish` called again) or the file is finished already;
-    /// [`Error::Io`].
+    /// be, and `finish` called again); [`Error::Io`]. A finished file stays as it
+    /// is: calling this again, as a worker does that is started anew, tells the
+    /// same once more.
     pub fn finish(&self) -> Result<WrittenShard> {
-        let mut guard = self.file.write().unwrap_or_else(PoisonError::into_inner);
-        let file = guard.as_ref().ok_or_else(|| self.already_finished())?;
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let file = match &*state {
+            State::Finished(written) => return Ok(written.clone()),
+            State::Open(file) => file,
+            State::Planned => return Err(self.not_open()),
+        };
         let late = lock(&self.late);
         self.check_complete(&late)?;
 
@@ -255,14 +267,15 @@ impl ShardWriter {
         file.write_all_at(&start, 0).map_err(io)?;
         file.set_len(file_bytes as u64).map_err(io)?;
         file.sync_all().map_err(io)?;
-        *guard = None;
 
         let sizes = header.entries.into_iter();
-        Ok(WrittenShard {
+        let written = WrittenShard {
             file: file_name(&self.path),
             file_bytes,
             tensors: sizes.map(|e| (e.name, e.range.len())).collect(),
-        })
+        };
+        *state = State::Finished(written.clone());
+        Ok(written)
     }
 
     fn check_complete(&self, late: &[LateSlot]) -> Result<()> {
@@ -292,8 +305,10 @@ impl ShardWriter {
     }
 
     fn write_slot(&self, slot: &Slot, offset: usize, bytes: &[u8]) -> Result<()> {
-        let guard = self.file.read().unwrap_or_else(PoisonError::into_inner);
-        let file = guard.as_ref().ok_or_else(|| self.already_finished())?;
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let State::Open(file) = &*state else {
+            return Err(self.not_open());
+        };
         let at = self.data_start() + slot.entry.range.start + offset;
         file.write_all_at(bytes, at as u64)
             .map_err(|e| Error::io(&self.path, &e))?;
@@ -334,7 +349,7 @@ impl ShardWriter {
         LENGTH_BYTES + self.header_len
     }
 
-    fn already_finished(&self) -> Error {
+    fn not_open(&self) -> Error {
         invalid(&self.path, "is finished already")
     }
 }
