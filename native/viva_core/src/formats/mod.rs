@@ -3,4 +3,5 @@
 
 pub mod codebook;
 pub mod dynamic_map;
+pub mod ggml_types;
 pub mod int;
