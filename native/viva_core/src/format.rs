@@ -44,6 +44,17 @@ pub enum Scale {
     Absmax,
 }
 
+/// What shifts the codes of an asymmetric integer format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Zero {
+    /// The code of zero: value = (code − zero) · scale.
+    #[default]
+    Integer,
+    /// The value of code 0, in the dtype of the scales: value = code · scale + bias.
+    Float,
+}
+
 /// A format with every choice made: what [`Format::resolve`] returns, what a
 /// quantized tensor carries, and what is written into a dump.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,9 +63,15 @@ pub struct Spec {
     pub method: Method,
     pub granularity: Granularity,
     pub symmetric: bool,
+    #[serde(default)]
+    pub zero: Zero,
     pub scale: Scale,
     pub scale_dtype: DType,
     pub double_quant: bool,
+    /// The elements of a row are given to its blocks by an index, in the order
+    /// in which GPTQ took them, instead of one after the other.
+    #[serde(default)]
+    pub act_order: bool,
 }
 
 impl Spec {
@@ -267,6 +284,18 @@ impl From<Granularity> for OptionValue {
             Granularity::Row => OptionValue::Name("row".into()),
             Granularity::Block(n) => OptionValue::Int(n as i64),
         }
+    }
+}
+
+impl From<Zero> for OptionValue {
+    fn from(zero: Zero) -> OptionValue {
+        OptionValue::Name(
+            match zero {
+                Zero::Integer => "integer",
+                Zero::Float => "float",
+            }
+            .into(),
+        )
     }
 }
 

@@ -4,10 +4,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde_json::Value;
+
 use crate::error::{Error, Result};
 use crate::format::Spec;
 use crate::io::{Checkpoint, EntryDType, FixedEntry, ShardWriter};
-use crate::layout::{self, Entries, Layout};
+use crate::layout::{self, Entries, Layout, Source};
 use crate::ops::metrics::{self, Metrics};
 use crate::ops::{Cancel, pool, quantize};
 
@@ -172,6 +174,8 @@ pub struct Content {
 pub fn contents(source: &Checkpoint) -> Result<Vec<Content>> {
     let names: Vec<&str> = source.entries().map(|e| e.name.as_str()).collect();
     let found = layout::find(&names);
+    let tensor = |name: &str| source.tensor(name);
+    let from = Source::new(&tensor, source.config().unwrap_or(&Value::Null));
     let part_of: BTreeMap<&str, usize> = found
         .iter()
         .enumerate()
@@ -185,8 +189,7 @@ pub fn contents(source: &Checkpoint) -> Result<Vec<Content>> {
             Some(&i) => {
                 told[i] = true;
                 let f = &found[i];
-                let (format, shape) =
-                    layout::layout(f.layout)?.describe(&f.name, &|n| source.tensor(n))?;
+                let (format, shape) = layout::layout(f.layout)?.describe(&f.name, &from)?;
                 (
                     f.name.clone(),
                     format,
@@ -226,8 +229,10 @@ pub fn read_quantized(source: &Checkpoint, name: &str) -> Result<Option<crate::f
     let names: Vec<&str> = source.entries().map(|e| e.name.as_str()).collect();
     match layout::find(&names).into_iter().find(|f| f.name == name) {
         None => Ok(None),
-        Some(f) => layout::layout(f.layout)?
-            .read(name, &|n| source.tensor(n))
-            .map(Some),
+        Some(f) => {
+            let tensor = |name: &str| source.tensor(name);
+            let from = Source::new(&tensor, source.config().unwrap_or(&Value::Null));
+            layout::layout(f.layout)?.read(name, &from).map(Some)
+        }
     }
 }

@@ -14,7 +14,7 @@
 use crate::error::{Error, Result};
 use crate::format::{
     Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
-    Quantized, Scale, Spec,
+    Quantized, Scale, Spec, Zero,
 };
 use crate::simd::int::{Choice, Encode, Fit, Grid, decode_run};
 use crate::simd::nibble::{self, Order};
@@ -173,9 +173,11 @@ impl Format for Int {
             method,
             granularity,
             symmetric,
+            zero: Zero::Integer,
             scale,
             scale_dtype,
             double_quant: false,
+            act_order: false,
         })
     }
 

@@ -8,9 +8,9 @@ use std::borrow::Cow;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use super::{Entries, Found, Layout, Spelled, expect, invalid, module, refuse, set_config};
+use super::{Entries, Found, Layout, Source, Spelled, expect, invalid, module, refuse, set_config};
 use crate::error::Result;
-use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec};
+use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Zero};
 use crate::ops::pool;
 use crate::simd::nibble::{self, Order};
 use crate::tensor::{Buffer, DType, Tensor};
@@ -159,21 +159,17 @@ impl Layout for Awq {
             .collect()
     }
 
-    fn describe(
-        &self,
-        name: &str,
-        get: &dyn Fn(&str) -> Result<Tensor>,
-    ) -> Result<(String, Vec<usize>)> {
+    fn describe(&self, name: &str, source: &Source) -> Result<(String, Vec<usize>)> {
         // The header tells; reading would rearrange every code.
-        match get(&format!("{}.qweight", module(name)?))?.shape() {
+        match source.get(&format!("{}.qweight", module(name)?))?.shape() {
             &[columns, words] => Ok(("int4".into(), vec![words * 8, columns])),
             _ => Err(invalid(name, "qweight is a matrix")),
         }
     }
 
-    fn read(&self, name: &str, get: &dyn Fn(&str) -> Result<Tensor>) -> Result<Quantized> {
+    fn read(&self, name: &str, source: &Source) -> Result<Quantized> {
         let module = module(name)?;
-        let part = |suffix: &str| get(&format!("{module}.{suffix}"));
+        let part = |suffix: &str| source.get(&format!("{module}.{suffix}"));
         let qweight = part("qweight")?;
         let qzeros = part("qzeros")?;
         let (&[columns, words], &[groups, _]) = (qweight.shape(), qzeros.shape()) else {
@@ -194,9 +190,11 @@ impl Layout for Awq {
             method: Method::Rtn,
             granularity: Granularity::Block(columns / groups),
             symmetric: false,
+            zero: Zero::Integer,
             scale: Scale::Step,
             scale_dtype: DType::F16,
             double_quant: false,
+            act_order: false,
         };
         let codes = unpack_words(out, columns, qweight.bytes())?;
         let zeros = unpack_words(out, groups, qzeros.bytes())?;

@@ -10,9 +10,9 @@ use std::borrow::Cow;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Entries, Found, Layout, Spelled, expect, invalid, module, refuse, set_config};
+use super::{Entries, Found, Layout, Source, Spelled, expect, invalid, module, refuse, set_config};
 use crate::error::{Error, Result};
-use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec};
+use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Zero};
 use crate::formats::codebook;
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
 use crate::io::LateEntry;
@@ -229,15 +229,15 @@ impl Layout for Bitsandbytes {
             .collect()
     }
 
-    fn read(&self, name: &str, get: &dyn Fn(&str) -> Result<Tensor>) -> Result<Quantized> {
+    fn read(&self, name: &str, source: &Source) -> Result<Quantized> {
         for quant_type in ["nf4", "fp4"] {
-            match get(&format!("{name}.quant_state.bitsandbytes__{quant_type}")) {
-                Ok(state) => return read_4bit(name, quant_type, &state, get),
+            match source.get(&format!("{name}.quant_state.bitsandbytes__{quant_type}")) {
+                Ok(state) => return read_4bit(name, quant_type, &state, source),
                 Err(Error::UnknownTensor { .. }) => {}
                 Err(e) => return Err(e),
             }
         }
-        read_int8(name, get)
+        read_int8(name, source)
     }
 }
 
@@ -309,12 +309,7 @@ struct QuantState {
     nested_offset: Option<f64>,
 }
 
-fn read_4bit(
-    name: &str,
-    quant_type: &str,
-    state: &Tensor,
-    get: &dyn Fn(&str) -> Result<Tensor>,
-) -> Result<Quantized> {
+fn read_4bit(name: &str, quant_type: &str, state: &Tensor, source: &Source) -> Result<Quantized> {
     let bad = |message: String| invalid(&format!("{name}.quant_state"), message);
     let state: QuantState =
         serde_json::from_slice(state.bytes()).map_err(|e| bad(e.to_string()))?;
@@ -339,25 +334,30 @@ fn read_4bit(
         method: Method::Rtn,
         granularity: Granularity::Block(state.blocksize),
         symmetric: true,
+        zero: Zero::Integer,
         scale: Scale::Absmax,
         scale_dtype: DType::F32,
         double_quant,
+        act_order: false,
     };
     same_map(
         name,
         "quant_map",
         table(quant_type).map_or(&[][..], |t| t),
-        get,
+        source,
     )?;
     let parts = spec.format()?.parts(&spec, &state.shape)?;
-    let codes = get(name)?.reshaped(parts[0].shape.clone())?;
+    let codes = source.get(name)?.reshaped(parts[0].shape.clone())?;
     let mut read = vec![
         ("codes", expect(codes, name, DType::U8, &parts[0].shape)?),
-        ("absmax", get(&format!("{name}.absmax"))?),
+        ("absmax", source.get(&format!("{name}.absmax"))?),
     ];
     if let Some(offset) = state.nested_offset {
-        same_map(name, "nested_quant_map", &*DYNAMIC_MAP, get)?;
-        read.push(("nested_absmax", get(&format!("{name}.nested_absmax"))?));
+        same_map(name, "nested_quant_map", &*DYNAMIC_MAP, source)?;
+        read.push((
+            "nested_absmax",
+            source.get(&format!("{name}.nested_absmax"))?,
+        ));
         let offset = Tensor::from_slice(DType::F32, &[1], &[offset as f32])?;
         read.push(("nested_offset", offset));
     }
@@ -371,14 +371,9 @@ fn read_4bit(
     Ok(q)
 }
 
-fn same_map(
-    name: &str,
-    suffix: &str,
-    expected: &[f32],
-    get: &dyn Fn(&str) -> Result<Tensor>,
-) -> Result<()> {
+fn same_map(name: &str, suffix: &str, expected: &[f32], source: &Source) -> Result<()> {
     let name = format!("{name}.{suffix}");
-    let map = expect(get(&name)?, &name, DType::F32, &[expected.len()])?;
+    let map = expect(source.get(&name)?, &name, DType::F32, &[expected.len()])?;
     // == and not bits: the two zeros of fp4 may differ in sign.
     if map.to_f32_vec() != expected {
         return Err(invalid(&name, "is not the table of its quant type"));
@@ -386,13 +381,13 @@ fn same_map(
     Ok(())
 }
 
-fn read_int8(name: &str, get: &dyn Fn(&str) -> Result<Tensor>) -> Result<Quantized> {
+fn read_int8(name: &str, source: &Source) -> Result<Quantized> {
     let module = module(name)?;
-    let codes = get(name)?;
+    let codes = source.get(name)?;
     let (&[rows, _], DType::I8) = (codes.shape(), codes.dtype()) else {
         return Err(invalid(name, "LLM.int8() weights are i8 matrices"));
     };
-    match get(&format!("{module}.weight_format")) {
+    match source.get(&format!("{module}.weight_format")) {
         Ok(format) if format.bytes().iter().any(|&b| b != 0) => {
             return Err(invalid(
                 name,
@@ -402,16 +397,23 @@ fn read_int8(name: &str, get: &dyn Fn(&str) -> Result<Tensor>) -> Result<Quantiz
         Ok(_) | Err(Error::UnknownTensor { .. }) => {}
         Err(e) => return Err(e),
     }
-    let scales = expect(get(&format!("{module}.SCB"))?, name, DType::F32, &[rows])?;
+    let scales = expect(
+        source.get(&format!("{module}.SCB"))?,
+        name,
+        DType::F32,
+        &[rows],
+    )?;
     let q = Quantized {
         spec: Spec {
             format: "int8".into(),
             method: Method::Rtn,
             granularity: Granularity::Row,
             symmetric: true,
+            zero: Zero::Integer,
             scale: Scale::Absmax,
             scale_dtype: DType::F32,
             double_quant: false,
+            act_order: false,
         },
         shape: codes.shape().to_vec(),
         // bitsandbytes keeps no dtype: it computes in 16 bits.

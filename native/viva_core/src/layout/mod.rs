@@ -55,6 +55,24 @@ pub struct Found {
     pub tensors: Vec<String>,
 }
 
+/// The checkpoint that a layout reads from.
+pub struct Source<'a> {
+    tensor: &'a dyn Fn(&str) -> Result<Tensor>,
+    /// The model's `config.json`; null where there is none.
+    pub config: &'a Value,
+}
+
+impl<'a> Source<'a> {
+    pub fn new(tensor: &'a dyn Fn(&str) -> Result<Tensor>, config: &'a Value) -> Source<'a> {
+        Source { tensor, config }
+    }
+
+    /// The tensor of that name, as the file holds it.
+    pub fn get(&self, name: &str) -> Result<Tensor> {
+        (self.tensor)(name)
+    }
+}
+
 /// A way to spell quantized tensors.
 pub trait Layout: Send + Sync {
     /// The name by which users ask for it.
@@ -84,17 +102,13 @@ pub trait Layout: Send + Sync {
     fn find(&self, names: &dyn Fn(&str) -> bool, all: &[&str]) -> Vec<Found>;
 
     /// The format and shape of one of them.
-    fn describe(
-        &self,
-        name: &str,
-        get: &dyn Fn(&str) -> Result<Tensor>,
-    ) -> Result<(String, Vec<usize>)> {
-        let q = self.read(name, get)?;
+    fn describe(&self, name: &str, source: &Source) -> Result<(String, Vec<usize>)> {
+        let q = self.read(name, source)?;
         Ok((q.spec.format, q.shape))
     }
 
-    /// Reads one of them back; `get` gives the tensors of the file.
-    fn read(&self, name: &str, get: &dyn Fn(&str) -> Result<Tensor>) -> Result<Quantized>;
+    /// Reads one of them back.
+    fn read(&self, name: &str, source: &Source) -> Result<Quantized>;
 }
 
 /// Every layout, in the order in which they are shown to users.
