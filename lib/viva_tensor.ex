@@ -69,7 +69,7 @@ defmodule VivaTensor do
   @doc """
   The values of a quantized tensor, each computed in f32 and rounded once.
 
-  Options: `dtype:` `:f32`, `:f16`, `:bf16` or `:f64`; by default the dtype that
+  Options: `dtype:` any float dtype, such as `:f32` or `:bf16`; by default the dtype that
   it was quantized from.
 
       iex> t = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 1.0], :f32, [2, 2])

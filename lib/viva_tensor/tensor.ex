@@ -7,8 +7,14 @@ defmodule VivaTensor.Tensor do
   the way in. The struct is immutable and cheap to send to another process of
   the same node; between nodes send `to_binary/1`, or a path.
 
-  Dtypes: `:f64`, `:f32`, `:f16`, `:bf16`, `:i64`, `:i32`, `:i16`, `:i8`, `:u64`,
-  `:u32`, `:u16`, `:u8`, `:bool`. Binaries are little-endian.
+  Dtypes: `:f64`, `:f32`, `:f16`, `:bf16`, the 8-bit floats `:f8_e4m3`,
+  `:f8_e5m2` and `:f8_e8m0` (powers of two), `:i64`, `:i32`, `:i16`, `:i8`,
+  `:u64`, `:u32`, `:u16`, `:u8`, `:bool`. Binaries are little-endian.
+
+  What a float dtype cannot hold exactly is rounded to nearest, ties to even;
+  past its range f16 and bf16 become infinite and 8-bit floats the largest finite
+  value. 8-bit floats are numbers as they stand: a scale that a checkpoint keeps
+  beside them is not applied.
   """
 
   alias VivaTensor.{Error, Native}
@@ -21,6 +27,9 @@ defmodule VivaTensor.Tensor do
           | :f32
           | :f16
           | :bf16
+          | :f8_e4m3
+          | :f8_e5m2
+          | :f8_e8m0
           | :i64
           | :i32
           | :i16
@@ -30,6 +39,7 @@ defmodule VivaTensor.Tensor do
           | :u16
           | :u8
           | :bool
+  @type float_dtype :: :f64 | :f32 | :f16 | :bf16 | :f8_e4m3 | :f8_e5m2 | :f8_e8m0
   @type shape :: [non_neg_integer]
   @type t :: %__MODULE__{ref: reference, dtype: dtype, shape: shape}
 
@@ -121,14 +131,18 @@ defmodule VivaTensor.Tensor do
       iex> t = VivaTensor.Tensor.from_list!([1, 2], :i32, [2])
       iex> VivaTensor.Tensor.cast!(t, :bf16)
       #VivaTensor.Tensor<bf16[2]>
+
+      iex> t = VivaTensor.Tensor.from_list!([0.1, -3.3, 1000], :f32, [3])
+      iex> t |> VivaTensor.Tensor.cast!(:f8_e4m3) |> VivaTensor.Tensor.to_list!()
+      [0.1015625, -3.25, 448.0]
   """
-  @spec cast(t, :f64 | :f32 | :f16 | :bf16) :: {:ok, t} | {:error, Error.t()}
+  @spec cast(t, float_dtype) :: {:ok, t} | {:error, Error.t()}
   def cast(%__MODULE__{ref: ref}, dtype) when is_atom(dtype) do
     ref |> Native.tensor_cast(dtype) |> wrap(:cast)
   end
 
   @doc "Like `cast/2`, but raises `VivaTensor.Error`."
-  @spec cast!(t, :f64 | :f32 | :f16 | :bf16) :: t
+  @spec cast!(t, float_dtype) :: t
   def cast!(tensor, dtype), do: Error.bang!(cast(tensor, dtype))
 
   @doc """

@@ -37,6 +37,7 @@ pub mod layout;
 pub mod method;
 pub mod ops;
 pub mod simd;
+pub mod small_float;
 pub mod tensor;
 pub mod unit;
 

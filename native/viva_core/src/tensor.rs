@@ -12,6 +12,7 @@ use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::small_float::{E4M3, E4M3_VALUES, E5M2, E5M2_VALUES, e8m0};
 
 #[cfg(target_endian = "big")]
 compile_error!("checkpoint files are little-endian, and so is every reader here");
@@ -24,6 +25,15 @@ pub enum DType {
     F32,
     F16,
     BF16,
+    /// 4 bits of exponent and 3 of mantissa, without infinities.
+    #[serde(rename = "f8_e4m3")]
+    F8E4M3,
+    /// 5 bits of exponent and 2 of mantissa.
+    #[serde(rename = "f8_e5m2")]
+    F8E5M2,
+    /// Powers of two: the scales of the MX formats.
+    #[serde(rename = "f8_e8m0")]
+    F8E8M0,
     I64,
     I32,
     I16,
@@ -37,11 +47,14 @@ pub enum DType {
 
 impl DType {
     /// Every dtype, in the order in which they are shown to users.
-    pub const ALL: [DType; 13] = [
+    pub const ALL: [DType; 16] = [
         DType::F64,
         DType::F32,
         DType::F16,
         DType::BF16,
+        DType::F8E4M3,
+        DType::F8E5M2,
+        DType::F8E8M0,
         DType::I64,
         DType::I32,
         DType::I16,
@@ -60,6 +73,9 @@ impl DType {
             DType::F32 => "f32",
             DType::F16 => "f16",
             DType::BF16 => "bf16",
+            DType::F8E4M3 => "f8_e4m3",
+            DType::F8E5M2 => "f8_e5m2",
+            DType::F8E8M0 => "f8_e8m0",
             DType::I64 => "i64",
             DType::I32 => "i32",
             DType::I16 => "i16",
@@ -89,13 +105,25 @@ impl DType {
             DType::F64 | DType::I64 | DType::U64 => 8,
             DType::F32 | DType::I32 | DType::U32 => 4,
             DType::F16 | DType::BF16 | DType::I16 | DType::U16 => 2,
+            DType::F8E4M3 | DType::F8E5M2 | DType::F8E8M0 => 1,
             DType::I8 | DType::U8 | DType::Bool => 1,
         }
     }
 
-    /// Whether the elements are floating-point numbers.
+    /// Whether the elements are floating-point numbers, which are then taken
+    /// as they stand: a scale that a file keeps beside 8-bit floats is not
+    /// applied.
     pub fn is_float(self) -> bool {
-        matches!(self, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
+        matches!(
+            self,
+            DType::F64
+                | DType::F32
+                | DType::F16
+                | DType::BF16
+                | DType::F8E4M3
+                | DType::F8E5M2
+                | DType::F8E8M0
+        )
     }
 }
 
@@ -300,6 +328,9 @@ pub fn widen(dtype: DType, bytes: &[u8], out: &mut [f32]) {
         // A shift; written out so that it vectorizes (NaNs keep their payload).
         DType::BF16 => each!(u16, 2, |v| f32::from_bits(u32::from(v) << 16)),
         DType::F64 => each!(f64, 8, |v| v as f32),
+        DType::F8E4M3 => each!(u8, 1, |v| E4M3_VALUES[usize::from(v)]),
+        DType::F8E5M2 => each!(u8, 1, |v| E5M2_VALUES[usize::from(v)]),
+        DType::F8E8M0 => each!(u8, 1, e8m0::decode),
         DType::I64 => each!(i64, 8, |v| v as f32),
         DType::I32 => each!(i32, 4, |v| v as f32),
         DType::I16 => each!(i16, 2, f32::from),
@@ -312,7 +343,8 @@ pub fn widen(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Rounds f32 values to a float `dtype` (to nearest even) and stores them.
+/// Rounds f32 values to a float `dtype` (to nearest even) and stores them. Past
+/// the range f16 and bf16 become infinite; 8-bit floats saturate.
 pub fn narrow(dtype: DType, x: &[f32], out: &mut [u8]) -> Result<()> {
     macro_rules! each {
         ($n:literal, $f:expr) => {
@@ -332,6 +364,9 @@ pub fn narrow(dtype: DType, x: &[f32], out: &mut [u8]) -> Result<()> {
             Ok(slice) => slice.convert_from_f32_slice(x),
             Err(_) => each!(2, bf16::from_f32),
         },
+        DType::F8E4M3 => each!(1, |v| E4M3.encode(v)),
+        DType::F8E5M2 => each!(1, |v| E5M2.encode(v)),
+        DType::F8E8M0 => each!(1, e8m0::encode),
         other => {
             return Err(Error::UnsupportedDtype {
                 op: "a floating-point result".into(),

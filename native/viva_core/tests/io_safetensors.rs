@@ -299,6 +299,9 @@ fn every_dtype_is_read_or_passed_through() {
         ("U32", 4),
         ("U16", 2),
         ("U8", 1),
+        ("F8_E4M3", 1),
+        ("F8_E5M2", 1),
+        ("F8_E8M0", 1),
         ("BOOL", 1),
     ] {
         let n = 2 * size;
@@ -308,17 +311,14 @@ fn every_dtype_is_read_or_passed_through() {
         assert_eq!(read.entries()[0].dtype, EntryDType::Known(dtype));
         assert_eq!(read.tensor("a").unwrap().dtype(), dtype);
     }
-    for (name, size) in [("F8_E4M3", 1), ("F8_E5M2", 1), ("F8_E8M0", 1), ("C64", 8)] {
-        let n = 2 * size;
-        let header = format!(r#"{{"a":{{"dtype":"{name}","shape":[2],"data_offsets":[0,{n}]}}}}"#);
-        let read = open(&file(&header, n)).unwrap();
-        assert_eq!(read.entries()[0].dtype.name(), name.to_lowercase());
-        assert_eq!(read.bytes("a").unwrap().len(), n);
-        assert!(matches!(
-            read.tensor("a"),
-            Err(Error::UnsupportedDtype { dtype, .. }) if dtype == name.to_lowercase()
-        ));
-    }
+    let header = r#"{"a":{"dtype":"C64","shape":[2],"data_offsets":[0,16]}}"#;
+    let read = open(&file(header, 16)).unwrap();
+    assert_eq!(read.entries()[0].dtype.name(), "c64");
+    assert_eq!(read.bytes("a").unwrap().len(), 16);
+    assert!(matches!(
+        read.tensor("a"),
+        Err(Error::UnsupportedDtype { dtype, .. }) if dtype == "c64"
+    ));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use rustler::{Atom, Binary, Encoder, Env, Term, TermType};
 use viva_core::Error;
 use viva_core::ops::{Cancel, cast, metrics};
-use viva_core::tensor::{Buffer, DType, Tensor, element_count};
+use viva_core::tensor::{Buffer, DType, Tensor, element_count, narrow, widen};
 
 use crate::error::Outcome;
 use crate::resource::{TensorRef, share_binary, tensor_from_binary};
@@ -73,7 +73,16 @@ fn element_from_term(term: Term, dtype: DType, out: &mut [u8]) -> Option<()> {
             DType::F64 => out.copy_from_slice(&v.to_le_bytes()),
             DType::F32 => out.copy_from_slice(&(v as f32).to_le_bytes()),
             DType::F16 => out.copy_from_slice(&half::f16::from_f64(v).to_le_bytes()),
-            _ => out.copy_from_slice(&half::bf16::from_f64(v).to_le_bytes()),
+            DType::BF16 => out.copy_from_slice(&half::bf16::from_f64(v).to_le_bytes()),
+            // 8-bit floats, some of which have no infinity and no sign.
+            _ => {
+                narrow(dtype, &[v as f32], out).ok()?;
+                let mut back = [0f32];
+                widen(dtype, out, &mut back);
+                if back[0].is_nan() != v.is_nan() || back[0].is_infinite() != v.is_infinite() {
+                    return None;
+                }
+            }
         }
         return Some(());
     }
@@ -125,6 +134,11 @@ fn element_to_term<'a>(env: Env<'a>, dtype: DType, bytes: &[u8]) -> Term<'a> {
         DType::F32 => terms::number(env, f64::from(read!(f32, 4))),
         DType::F16 => terms::number(env, read!(half::f16, 2).to_f64()),
         DType::BF16 => terms::number(env, read!(half::bf16, 2).to_f64()),
+        DType::F8E4M3 | DType::F8E5M2 | DType::F8E8M0 => {
+            let mut value = [0f32];
+            widen(dtype, bytes, &mut value);
+            terms::number(env, f64::from(value[0]))
+        }
         DType::I64 => read!(i64, 8).encode(env),
         DType::I32 => read!(i32, 4).encode(env),
         DType::I16 => read!(i16, 2).encode(env),

@@ -41,6 +41,9 @@ impl EntryDType {
                 DType::F32 => Dtype::F32,
                 DType::F16 => Dtype::F16,
                 DType::BF16 => Dtype::BF16,
+                DType::F8E4M3 => Dtype::F8_E4M3,
+                DType::F8E5M2 => Dtype::F8_E5M2,
+                DType::F8E8M0 => Dtype::F8_E8M0,
                 DType::I64 => Dtype::I64,
                 DType::I32 => Dtype::I32,
                 DType::I16 => Dtype::I16,
@@ -54,7 +57,7 @@ impl EntryDType {
         }
     }
 
-    /// The name in lower case, as users read it: `f32`, `f8_e4m3` …
+    /// The name in lower case, as users read it: `f32`, `c64` …
     pub fn name(self) -> String {
         self.in_file().to_string().to_lowercase()
     }
@@ -149,8 +152,8 @@ mod tests {
             assert_eq!(entry.bits(), dtype.size() * 8);
             assert_eq!(EntryDType::from(entry.in_file()), entry);
         }
-        let f8 = EntryDType::from(Dtype::F8_E4M3);
-        assert_eq!((f8.name().as_str(), f8.bits()), ("f8_e4m3", 8));
+        let f4 = EntryDType::from(Dtype::F4);
+        assert_eq!((f4.name().as_str(), f4.bits()), ("f4", 4));
     }
 
     #[test]
