@@ -170,7 +170,7 @@ fn directories_without_an_index() {
     let dir = directory(&[]);
     assert_invalid(dir.path(), "holds no .safetensors file");
 
-    for other in ["pytorch_model.bin", "model-Q4.gguf", "weights.h5"] {
+    for other in ["pytorch_model.bin", "model.onnx", "weights.h5"] {
         let dir = directory(&[(other, "x"), ("config.json", "{}")]);
         assert_invalid(dir.path(), other);
         assert_invalid(dir.path(), "convert the model to safetensors");
@@ -180,7 +180,7 @@ fn directories_without_an_index() {
     shard(&dir.path().join("one.safetensors"), &[("x", &[1.0])]);
     assert_eq!(Checkpoint::open(dir.path()).unwrap().len(), 1);
     shard(&dir.path().join("two.safetensors"), &[("x", &[1.0])]);
-    assert_invalid(dir.path(), "2 .safetensors files and no index");
+    assert_invalid(dir.path(), "2 files of weights and no index");
     shard(&dir.path().join("model.safetensors"), &[("y", &[1.0])]);
     assert!(Checkpoint::open(dir.path()).unwrap().entry("y").is_ok());
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 use viva_core::Error;
-use viva_core::io::{EntryDType, SafetensorsFile, mapped_bytes};
+use viva_core::io::{EntryDType, TensorFile, mapped_bytes};
 use viva_core::tensor::DType;
 
 /// The bytes of a file with this header and this much data (0, 1, 2 …).
@@ -24,9 +24,9 @@ fn write(bytes: &[u8]) -> (TempDir, PathBuf) {
     (dir, path)
 }
 
-fn open(bytes: &[u8]) -> viva_core::Result<SafetensorsFile> {
+fn open(bytes: &[u8]) -> viva_core::Result<TensorFile> {
     let (_dir, path) = write(bytes);
-    SafetensorsFile::open(path)
+    TensorFile::open(path)
 }
 
 /// Opens what must be refused, and returns why.
@@ -68,7 +68,7 @@ fn a_huge_header_that_is_there_is_refused() {
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &100_000_001u64.to_le_bytes(), 0).unwrap();
     file.set_len(200_000_000).unwrap();
-    let error = SafetensorsFile::open(&path).unwrap_err().to_string();
+    let error = TensorFile::open(&path).unwrap_err().to_string();
     assert!(error.contains("the most is 100000000"), "{error}");
 }
 
@@ -243,11 +243,11 @@ fn files_of_other_kinds_are_named() {
     assert_refused(b"PK\x03\x04aaaaaaaaaa", "zip archive");
     let dir = tempfile::tempdir().unwrap();
     assert!(matches!(
-        SafetensorsFile::open(dir.path()),
+        TensorFile::open(dir.path()),
         Err(Error::InvalidFile { message, .. }) if message == "is not a regular file"
     ));
     assert!(matches!(
-        SafetensorsFile::open(dir.path().join("none")),
+        TensorFile::open(dir.path().join("none")),
         Err(Error::Io { code, .. }) if code == "enoent"
     ));
 }
@@ -274,12 +274,14 @@ fn what_must_be_read_is_read() {
 
     let metadata = r#"{"__metadata__":{"format":"pt","ü":"\u00fc"}}"#;
     let read = open(&file(metadata, 0)).unwrap();
-    assert_eq!(read.metadata()["format"], "pt");
-    assert_eq!(read.metadata()["ü"], "ü");
+    assert_eq!(read.metadata().strings().unwrap()["format"], "pt");
+    assert_eq!(read.metadata().strings().unwrap()["ü"], "ü");
     assert!(
         open(&file(r#"{"__metadata__":null}"#, 0))
             .unwrap()
             .metadata()
+            .strings()
+            .unwrap()
             .is_empty()
     );
 }
@@ -354,7 +356,7 @@ fn pages_are_given_back_and_read_again() {
         n + 1
     );
     let (_dir, path) = write(&file(&header, n + 1));
-    let read = SafetensorsFile::open(&path).unwrap();
+    let read = TensorFile::open(&path).unwrap();
     let sum = || {
         read.bytes("a")
             .unwrap()
@@ -379,7 +381,7 @@ fn mapped_bytes_are_counted_while_a_tensor_needs_them() {
     let bytes = (8 + header.len() + n) as u64;
     let sparse = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     sparse.set_len(bytes).unwrap();
-    let read = SafetensorsFile::open(&path).unwrap();
+    let read = TensorFile::open(&path).unwrap();
     assert_eq!(read.file_bytes() as u64, bytes);
     let tensor = read.tensor("a").unwrap();
     drop(read);
@@ -392,7 +394,7 @@ fn mapped_bytes_are_counted_while_a_tensor_needs_them() {
 #[test]
 fn a_file_that_is_cut_while_it_is_open_is_found_out() {
     let (_dir, path) = write(&file(&vectors(&[("a", 1000, 0, 4000)]), 4000));
-    let read = SafetensorsFile::open(&path).unwrap();
+    let read = TensorFile::open(&path).unwrap();
     read.check_unchanged().unwrap();
     let writer = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     writer.set_len(1000).unwrap();

@@ -1,4 +1,4 @@
-//! A model on disk: one safetensors file, or a directory of them.
+//! A model on disk: one safetensors or GGUF file, or a directory of them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use super::companions::{self, Companion};
 use super::entry::{Entry, unknown_tensor};
-use super::safetensors::SafetensorsFile;
-use super::{file_name, invalid, stays_inside};
+use super::file::TensorFile;
+use super::{file_name, gguf, invalid, stays_inside};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -19,7 +19,7 @@ const INDEX_SUFFIX: &str = ".safetensors.index.json";
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
-    shards: Vec<SafetensorsFile>,
+    shards: Vec<TensorFile>,
     /// Name → shard.
     by_name: HashMap<String, usize>,
     config: Option<Value>,
@@ -27,9 +27,10 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a `.safetensors` file, or a directory: `model.safetensors`, else
-    /// the shards named by its `*.safetensors.index.json`, else its only
-    /// `.safetensors` file. The path of an index opens its directory.
+    /// Opens a `.safetensors` or `.gguf` file, or a directory:
+    /// `model.safetensors`, else the shards named by its
+    /// `*.safetensors.index.json`, else its only `.safetensors` file, else its
+    /// only `.gguf` file. The path of an index opens its directory.
     ///
     /// # Errors
     /// [`Error::Io`] when something cannot be read; [`Error::InvalidFile`] when
@@ -46,10 +47,10 @@ impl Checkpoint {
             let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
             return Checkpoint::open_directory(parent.unwrap_or(Path::new(".")), Some(name));
         }
-        if companions::is_weights(&name) && !name.ends_with(".safetensors") {
-            return Err(only_safetensors(path, &name));
+        if companions::is_weights(&name) && !is_readable(&name) {
+            return Err(not_readable(path, &name));
         }
-        Checkpoint::from_shards(path, vec![SafetensorsFile::open(path)?], None, false)
+        Checkpoint::from_shards(path, vec![TensorFile::open(path)?], None, false)
     }
 
     fn open_directory(path: &Path, index: Option<String>) -> Result<Checkpoint> {
@@ -64,16 +65,14 @@ impl Checkpoint {
         };
         let shards = match index {
             Some(index) => open_indexed(path, &index)?,
-            None => vec![SafetensorsFile::open(
-                path.join(only_weights(path, &files)?),
-            )?],
+            None => vec![TensorFile::open(path.join(only_weights(path, &files)?))?],
         };
         Checkpoint::from_shards(path, shards, config, true)
     }
 
     fn from_shards(
         path: &Path,
-        shards: Vec<SafetensorsFile>,
+        shards: Vec<TensorFile>,
         config: Option<Value>,
         is_directory: bool,
     ) -> Result<Checkpoint> {
@@ -81,7 +80,7 @@ impl Checkpoint {
         for (i, shard) in shards.iter().enumerate() {
             for entry in shard.entries() {
                 if let Some(first) = by_name.insert(entry.name.clone(), i) {
-                    let first: &SafetensorsFile = &shards[first];
+                    let first: &TensorFile = &shards[first];
                     return Err(invalid(
                         shard.path(),
                         format!(
@@ -108,7 +107,7 @@ impl Checkpoint {
     }
 
     /// Its files, sorted by name.
-    pub fn shards(&self) -> &[SafetensorsFile] {
+    pub fn shards(&self) -> &[TensorFile] {
         &self.shards
     }
 
@@ -155,6 +154,14 @@ impl Checkpoint {
         self.shard(name)?.tensor(name)
     }
 
+    /// The bytes of the entry of that name as a vector of u8, in place.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`].
+    pub fn byte_tensor(&self, name: &str) -> Result<Tensor> {
+        self.shard(name)?.byte_tensor(name)
+    }
+
     /// The bytes of the entry of that name, in place.
     ///
     /// # Errors
@@ -199,7 +206,7 @@ impl Checkpoint {
         std::iter::once(self.path.clone()).chain(shards).collect()
     }
 
-    fn shard(&self, name: &str) -> Result<&SafetensorsFile> {
+    fn shard(&self, name: &str) -> Result<&TensorFile> {
         match self.by_name.get(name) {
             Some(&i) => Ok(&self.shards[i]),
             None => Err(unknown_tensor(
@@ -231,27 +238,32 @@ fn choose_index(path: &Path, files: &[String]) -> Result<Option<String>> {
     }
 }
 
-/// The `.safetensors` file of a directory that is read without an index.
+/// The file of a directory that is read without an index.
 fn only_weights(path: &Path, files: &[String]) -> Result<String> {
     if files.iter().any(|f| f == WHOLE) {
         return Ok(WHOLE.into());
     }
-    let found: Vec<&String> = (files.iter())
-        .filter(|f| f.ends_with(".safetensors"))
-        .collect();
+    // Beside safetensors, a GGUF file is another edition of the same model.
+    let with =
+        |test: fn(&str) -> bool| -> Vec<&String> { files.iter().filter(|f| test(f)).collect() };
+    let found = [with(is_safetensors), with(gguf::is_name)];
+    let found = found
+        .into_iter()
+        .find(|f| !f.is_empty())
+        .unwrap_or_default();
     match found[..] {
         [file] => Ok(file.clone()),
         [] => match files.iter().find(|f| companions::is_weights(f)) {
-            Some(other) => Err(only_safetensors(path, other)),
+            Some(other) => Err(not_readable(path, other)),
             None => Err(invalid(
                 path,
-                "holds no .safetensors file and no *.safetensors.index.json",
+                "holds no .safetensors file, no *.safetensors.index.json and no .gguf file",
             )),
         },
         _ => Err(invalid(
             path,
             format!(
-                "holds {} .safetensors files and no index that says how they belong together; \
+                "holds {} files of weights and no index that says how they belong together; \
                  open one of them: {}",
                 found.len(),
                 join(&found)
@@ -261,7 +273,7 @@ fn only_weights(path: &Path, files: &[String]) -> Result<String> {
 }
 
 /// Opens the shards that an index names, and checks it against them.
-fn open_indexed(directory: &Path, index: &str) -> Result<Vec<SafetensorsFile>> {
+fn open_indexed(directory: &Path, index: &str) -> Result<Vec<TensorFile>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
@@ -273,7 +285,7 @@ fn open_indexed(directory: &Path, index: &str) -> Result<Vec<SafetensorsFile>> {
             format!("is not an index of weights, an object with a weight_map: {e}"),
         )
     })?;
-    let mut shards: BTreeMap<&str, Option<SafetensorsFile>> =
+    let mut shards: BTreeMap<&str, Option<TensorFile>> =
         weight_map.values().map(|f| (f.as_str(), None)).collect();
     if shards.is_empty() {
         return Err(invalid(&index_path, "names no tensor at all"));
@@ -292,10 +304,10 @@ fn open_indexed(directory: &Path, index: &str) -> Result<Vec<SafetensorsFile>> {
                 format!("names the shard {file:?}, which is missing"),
             ));
         }
-        *shard = Some(SafetensorsFile::open(path)?);
+        *shard = Some(TensorFile::open(path)?);
     }
     for (name, file) in &weight_map {
-        let holds = |s: &SafetensorsFile| s.entry(name).is_ok();
+        let holds = |s: &TensorFile| s.entry(name).is_ok();
         if !shards[file.as_str()].as_ref().is_some_and(holds) {
             let elsewhere = shards
                 .iter()
@@ -339,7 +351,15 @@ fn join(names: &[&String]) -> String {
         .join(", ")
 }
 
-fn only_safetensors(path: &Path, file: &str) -> Error {
+fn is_safetensors(name: &str) -> bool {
+    name.ends_with(".safetensors")
+}
+
+fn is_readable(name: &str) -> bool {
+    is_safetensors(name) || gguf::is_name(name)
+}
+
+fn not_readable(path: &Path, file: &str) -> Error {
     let other = file.rsplit('.').next().unwrap_or_default();
     invalid(
         path,

@@ -5,23 +5,34 @@ use std::ops::Range;
 use safetensors::Dtype;
 
 use crate::error::{Error, Result};
+use crate::formats::ggml_types::GgmlType;
 use crate::tensor::{DType, element_count};
 
-/// Element type of an entry: one that tensors can have, or one that is only
-/// carried through as bytes.
+/// Element type of an entry: one that tensors can have, one of ggml's blocks,
+/// or one that is only carried through as bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryDType {
     Known(DType),
     /// Never one that has a [`DType`], when made by `From`.
     Other(Dtype),
+    /// A block format of ggml: such an entry is a quantized tensor by itself.
+    /// Never one that has a [`DType`], when made by `From`.
+    Ggml(&'static GgmlType),
 }
 
 impl From<Dtype> for EntryDType {
     fn from(dtype: Dtype) -> EntryDType {
         let known = DType::ALL
             .into_iter()
-            .find(|d| EntryDType::Known(*d).in_file() == dtype);
+            .find(|d| EntryDType::Known(*d).in_safetensors() == Some(dtype));
         known.map_or(EntryDType::Other(dtype), EntryDType::Known)
+    }
+}
+
+impl From<&'static GgmlType> for EntryDType {
+    fn from(ggml: &'static GgmlType) -> EntryDType {
+        let known = DType::ALL.into_iter().find(|d| d.name() == ggml.name);
+        known.map_or(EntryDType::Ggml(ggml), EntryDType::Known)
     }
 }
 
@@ -32,9 +43,10 @@ impl From<DType> for EntryDType {
 }
 
 impl EntryDType {
-    /// The dtype as the safetensors crate spells it.
-    pub(super) fn in_file(self) -> Dtype {
-        match self {
+    /// The dtype as the safetensors crate spells it, where it can.
+    pub(super) fn in_safetensors(self) -> Option<Dtype> {
+        Some(match self {
+            EntryDType::Ggml(_) => return None,
             EntryDType::Other(dtype) => dtype,
             EntryDType::Known(dtype) => match dtype {
                 DType::F64 => Dtype::F64,
@@ -54,27 +66,50 @@ impl EntryDType {
                 DType::U8 => Dtype::U8,
                 DType::Bool => Dtype::BOOL,
             },
+        })
+    }
+
+    /// The type as ggml has it, where it does.
+    pub(super) fn ggml(self) -> Option<&'static GgmlType> {
+        match self {
+            EntryDType::Known(dtype) => GgmlType::by_name(dtype.name()),
+            EntryDType::Ggml(ggml) => Some(ggml),
+            EntryDType::Other(_) => None,
         }
     }
 
-    /// The name in lower case, as users read it: `f32`, `c64` …
+    /// The name in lower case, as users read it: `f32`, `c64`, `q4_1` …
     pub fn name(self) -> String {
-        self.in_file().to_string().to_lowercase()
+        match self {
+            EntryDType::Known(dtype) => dtype.name().into(),
+            EntryDType::Other(dtype) => dtype.to_string().to_lowercase(),
+            EntryDType::Ggml(ggml) => ggml.name.into(),
+        }
     }
 
-    /// Bits of one element.
-    pub fn bits(self) -> usize {
-        self.in_file().bitsize()
+    /// Elements that are stored as one, and the bits that they take.
+    pub fn block(self) -> (usize, usize) {
+        match self {
+            EntryDType::Known(dtype) => (1, dtype.size() * 8),
+            EntryDType::Other(dtype) => (1, dtype.bitsize()),
+            EntryDType::Ggml(ggml) => (ggml.block_len, ggml.block_bytes * 8),
+        }
     }
 
     /// Bytes of a tensor of this shape.
     ///
     /// # Errors
-    /// [`Error::ShapeOverflow`], or [`Error::SizeMismatch`] when elements of
-    /// less than a byte do not fill whole bytes.
+    /// [`Error::ShapeOverflow`]; [`Error::Indivisible`] when blocks do not fill
+    /// the rows; [`Error::SizeMismatch`] when elements of less than a byte do
+    /// not fill whole bytes.
     pub fn nbytes(self, shape: &[usize]) -> Result<usize> {
-        let bits = element_count(shape)?
-            .checked_mul(self.bits())
+        let (block, bits) = self.block();
+        let row = shape.last().copied().unwrap_or(1);
+        if !row.is_multiple_of(block) {
+            return Err(Error::Indivisible { row, block });
+        }
+        let bits = (element_count(shape)? / block)
+            .checked_mul(bits)
             .ok_or_else(|| Error::ShapeOverflow {
                 shape: shape.to_vec(),
             })?;
@@ -143,17 +178,25 @@ fn edit_distance(a: &str, b: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::formats::ggml_types::GGML_TYPES;
 
     #[test]
     fn every_dtype_has_its_spelling_and_size() {
         for dtype in DType::ALL {
             let entry = EntryDType::from(dtype);
             assert_eq!(entry.name(), dtype.name());
-            assert_eq!(entry.bits(), dtype.size() * 8);
-            assert_eq!(EntryDType::from(entry.in_file()), entry);
+            assert_eq!(entry.block(), (1, dtype.size() * 8));
+            assert_eq!(entry.in_safetensors().map(EntryDType::from), Some(entry));
         }
         let f4 = EntryDType::from(Dtype::F4);
-        assert_eq!((f4.name().as_str(), f4.bits()), ("f4", 4));
+        assert_eq!((f4.name().as_str(), f4.block()), ("f4", (1, 4)));
+        for ggml in &GGML_TYPES {
+            let entry = EntryDType::from(ggml);
+            assert_eq!(entry.ggml(), Some(ggml));
+            assert_eq!(entry.name(), ggml.name);
+            assert_eq!(entry.block(), (ggml.block_len, ggml.block_bytes * 8));
+            assert_eq!(matches!(entry, EntryDType::Known(_)), ggml.block_len == 1);
+        }
     }
 
     #[test]
@@ -161,6 +204,12 @@ mod tests {
         let f4 = EntryDType::Other(Dtype::F4);
         assert_eq!(f4.nbytes(&[3, 2]), Ok(3));
         assert!(matches!(f4.nbytes(&[3]), Err(Error::SizeMismatch { .. })));
+        let q4_1 = EntryDType::Ggml(GgmlType::by_name("q4_1").unwrap());
+        assert_eq!(q4_1.nbytes(&[3, 64]), Ok(120));
+        assert!(matches!(
+            q4_1.nbytes(&[4, 24]),
+            Err(Error::Indivisible { row: 24, block: 32 })
+        ));
         let c64 = EntryDType::Other(Dtype::C64);
         assert_eq!(c64.nbytes(&[]), Ok(8));
         assert!(matches!(

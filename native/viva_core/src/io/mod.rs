@@ -1,15 +1,17 @@
 //! Checkpoint files: reading in place, writing in a stream.
 //!
-//! Reading: [`Checkpoint`] finds the files of a model, [`SafetensorsFile`]
-//! checks and maps one of them, and tensors share the mapping. Writing:
+//! Reading: [`Checkpoint`] finds the files of a model, [`TensorFile`] checks
+//! and maps one of them, and tensors share the mapping. Writing:
 //! [`ShardWriter`] fills one file from many threads, [`OutputDir`] makes a
 //! directory appear under its final name only when it is complete and synced.
 
 mod checkpoint;
 mod companions;
 mod entry;
-mod header;
+mod file;
+pub mod gguf;
 mod mapped;
+mod metadata;
 mod output;
 mod safetensors;
 mod shards;
@@ -18,9 +20,10 @@ mod writer;
 pub use checkpoint::Checkpoint;
 pub use companions::Companion;
 pub use entry::{Entry, EntryDType};
+pub use file::TensorFile;
 pub use mapped::{Mapped, mapped_bytes};
+pub use metadata::Metadata;
 pub use output::OutputDir;
-pub use safetensors::SafetensorsFile;
 pub use shards::{WrittenShard, index_json, plan_shards, shard_name};
 pub use writer::{FixedEntry, LateEntry, ShardWriter};
 

@@ -1,7 +1,7 @@
-//! Writing one safetensors file in place, in any order, from many threads.
+//! Writing one file of tensors in place, in any order, from many threads.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -12,9 +12,9 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 use super::entry::{Entry, EntryDType, unknown_tensor};
-use super::header::{Header, LENGTH_BYTES, MAX_HEADER, METADATA};
+use super::safetensors::METADATA;
 use super::shards::WrittenShard;
-use super::{file_name, invalid};
+use super::{Metadata, file_name, invalid};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -26,7 +26,8 @@ pub struct FixedEntry {
     pub shape: Vec<usize>,
 }
 
-/// A u8 vector whose length is known only once its content is.
+/// A u8 vector whose length is known only once its content is. Only safetensors
+/// files hold them.
 #[derive(Clone, Debug)]
 pub struct LateEntry {
     pub name: String,
@@ -34,18 +35,21 @@ pub struct LateEntry {
     pub max_len: usize,
 }
 
-/// Writes one safetensors file. All methods take `&self`: threads share it.
+/// Writes one safetensors or GGUF file: its metadata is of one or the other.
+/// All methods take `&self`: threads share it.
 ///
 /// The disk space is reserved when it is made, so that a full disk is found out
 /// before the work is done. Until [`finish`](Self::finish) returns, the file is
-/// no valid safetensors file: it belongs into an [`OutputDir`](super::OutputDir).
+/// not valid: it belongs into an [`OutputDir`](super::OutputDir).
 #[derive(Debug)]
 pub struct ShardWriter {
     path: PathBuf,
     state: RwLock<State>,
-    metadata: BTreeMap<String, String>,
-    /// Bytes that the header is padded to.
-    header_len: usize,
+    metadata: Metadata,
+    /// Bytes of the header, padding included.
+    data_start: usize,
+    /// Tensors start at a multiple of this many bytes.
+    alignment: usize,
     fixed: Vec<Slot>,
     by_name: HashMap<String, usize>,
     late: Mutex<Vec<LateSlot>>,
@@ -74,40 +78,54 @@ struct LateSlot {
 impl ShardWriter {
     /// Creates the file, which must not exist, and reserves its disk space.
     ///
-    /// Tensors with wide elements come first, so that every tensor is aligned;
-    /// otherwise they keep the order given. Late entries follow at the end.
+    /// In a safetensors file tensors with wide elements come first, so that
+    /// every tensor is aligned; otherwise they keep the order given. Late entries
+    /// follow at the end.
     ///
     /// # Errors
     /// [`Error::Io`] with code `enospc` when the disk has no room for it;
-    /// [`Error::InvalidFile`] when two entries have one name, or there are too
-    /// many of them for one header; [`Error::ShapeOverflow`].
+    /// [`Error::InvalidFile`] when two entries have one name, there are too many
+    /// of them for one header, or the file cannot hold one of that name, dtype
+    /// or shape; [`Error::ShapeOverflow`].
     pub fn create(
         path: impl AsRef<Path>,
         mut fixed: Vec<FixedEntry>,
         late: Vec<LateEntry>,
-        metadata: BTreeMap<String, String>,
+        metadata: impl Into<Metadata>,
     ) -> Result<ShardWriter> {
         let path = path.as_ref().to_path_buf();
+        let metadata = metadata.into();
+        let cannot = |message: String| invalid(&path, message);
         let names = || (fixed.iter().map(|e| &e.name)).chain(late.iter().map(|e| &e.name));
         let mut seen = HashSet::from([METADATA]);
         if let Some(twice) = names().find(|n| !seen.insert(n)) {
-            return Err(invalid(
-                &path,
-                format!("cannot hold two tensors named {twice:?}"),
-            ));
+            return Err(cannot(format!("cannot hold two tensors named {twice:?}")));
         }
 
-        fixed.sort_by_key(|e| Reverse(e.dtype.bits()));
+        match (&metadata, late.first()) {
+            (Metadata::Safetensors(_), _) => fixed.sort_by_key(|e| Reverse(e.dtype.block().1)),
+            (Metadata::Gguf(_), None) => {}
+            (Metadata::Gguf(_), Some(late)) => {
+                return Err(cannot(format!(
+                    "cannot hold tensor {:?}, whose length is not known",
+                    late.name
+                )));
+            }
+        }
+        let alignment = metadata.alignment().map_err(cannot)?;
         let mut slots = Vec::with_capacity(fixed.len());
         let mut end = 0usize;
         for FixedEntry { name, dtype, shape } in fixed {
-            let start = end;
+            let overflow = || Error::ShapeOverflow {
+                shape: shape.clone(),
+            };
+            let start = end
+                .checked_next_multiple_of(alignment)
+                .ok_or_else(overflow)?;
             end = start
                 .checked_add(dtype.nbytes(&shape)?)
                 .filter(|&end| end < isize::MAX as usize)
-                .ok_or_else(|| Error::ShapeOverflow {
-                    shape: shape.clone(),
-                })?;
+                .ok_or_else(overflow)?;
             let entry = Entry {
                 name,
                 dtype,
@@ -134,7 +152,8 @@ impl ShardWriter {
             path,
             state: RwLock::new(State::Planned),
             metadata,
-            header_len: 0,
+            data_start: 0,
+            alignment,
             fixed: slots,
             by_name,
             late: Mutex::default(),
@@ -142,20 +161,8 @@ impl ShardWriter {
 
         // Numbers only get shorter when the late lengths are known.
         let longest: Vec<usize> = late.iter().map(|e| e.max_len).collect();
-        let header = writer.header(&late, &longest);
-        writer.header_len = header_json(&header).len().next_multiple_of(8);
-        if writer.header_len > MAX_HEADER {
-            return Err(invalid(
-                &writer.path,
-                format!(
-                    "{} tensors need a header of {} bytes, and {MAX_HEADER} is the most; choose \
-                     a smaller max_shard_size",
-                    header.entries.len(),
-                    writer.header_len
-                ),
-            ));
-        }
-        let len = writer.data_start() + header.entries.last().map_or(0, |e| e.range.end);
+        writer.data_start = writer.header(writer.entries(&late, &longest))?.len();
+        let len = writer.data_start + end.next_multiple_of(alignment);
         writer.state = RwLock::new(State::Open(create_file(&writer.path, len as u64)?));
         writer.late = Mutex::new(
             late.into_iter()
@@ -252,27 +259,28 @@ impl ShardWriter {
             .map(|s| s.bytes.as_ref().map_or(0, Vec::len))
             .collect();
         let entries: Vec<LateEntry> = late.iter().map(|s| s.entry.clone()).collect();
-        let header = self.header(&entries, &lengths);
-        let mut start = (self.header_len as u64).to_le_bytes().to_vec();
-        start.extend(header_json(&header));
-        start.resize(self.data_start(), b' ');
+        let entries = self.entries(&entries, &lengths);
+        let tensors = (entries.iter())
+            .map(|e| (e.name.clone(), e.nbytes()))
+            .collect();
+        let header = self.header(entries)?;
 
-        let late_start = self.fixed.last().map_or(0, |s| s.entry.range.end);
+        let late_start = self.data_start + self.fixed_end();
         let late_bytes = late.iter().filter_map(|s| s.bytes.as_deref());
         let late_bytes = late_bytes.collect::<Vec<_>>().concat();
-        let file_bytes = self.data_start() + late_start + late_bytes.len();
+        let data = (self.fixed_end() + late_bytes.len()).next_multiple_of(self.alignment);
+        let file_bytes = self.data_start + data;
         let io = |e: std::io::Error| Error::io(&self.path, &e);
-        file.write_all_at(&late_bytes, (self.data_start() + late_start) as u64)
+        file.write_all_at(&late_bytes, late_start as u64)
             .map_err(io)?;
-        file.write_all_at(&start, 0).map_err(io)?;
+        file.write_all_at(&header, 0).map_err(io)?;
         file.set_len(file_bytes as u64).map_err(io)?;
         file.sync_all().map_err(io)?;
 
-        let sizes = header.entries.into_iter();
         let written = WrittenShard {
             file: file_name(&self.path),
             file_bytes,
-            tensors: sizes.map(|e| (e.name, e.range.len())).collect(),
+            tensors,
         };
         *state = State::Finished(written.clone());
         Ok(written)
@@ -309,17 +317,17 @@ impl ShardWriter {
         let State::Open(file) = &*state else {
             return Err(self.not_open());
         };
-        let at = self.data_start() + slot.entry.range.start + offset;
+        let at = self.data_start + slot.entry.range.start + offset;
         file.write_all_at(bytes, at as u64)
             .map_err(|e| Error::io(&self.path, &e))?;
         lock(&slot.written).add(offset..offset + bytes.len());
         Ok(())
     }
 
-    /// The header for late entries of these lengths.
-    fn header(&self, late: &[LateEntry], lengths: &[usize]) -> Header {
+    /// All entries, the late ones of these lengths.
+    fn entries(&self, late: &[LateEntry], lengths: &[usize]) -> Vec<Entry> {
         let mut entries: Vec<Entry> = self.fixed.iter().map(|s| s.entry.clone()).collect();
-        let mut start = entries.last().map_or(0, |e| e.range.end);
+        let mut start = self.fixed_end();
         for (entry, &len) in late.iter().zip(lengths) {
             entries.push(Entry {
                 name: entry.name.clone(),
@@ -329,10 +337,18 @@ impl ShardWriter {
             });
             start += len;
         }
-        Header {
-            metadata: self.metadata.clone(),
-            entries,
-        }
+        entries
+    }
+
+    /// What comes before the data of these entries.
+    fn header(&self, entries: Vec<Entry>) -> Result<Vec<u8>> {
+        self.metadata
+            .header(entries, self.data_start)
+            .map_err(|message| invalid(&self.path, message))
+    }
+
+    fn fixed_end(&self) -> usize {
+        self.fixed.last().map_or(0, |s| s.entry.range.end)
     }
 
     fn slot(&self, name: &str) -> Result<&Slot> {
@@ -343,10 +359,6 @@ impl ShardWriter {
                 self.fixed.iter().map(|s| s.entry.name.as_str()),
             )),
         }
-    }
-
-    fn data_start(&self) -> usize {
-        LENGTH_BYTES + self.header_len
     }
 
     fn not_open(&self) -> Error {
@@ -401,11 +413,6 @@ fn create_file(path: &Path, len: u64) -> Result<File> {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.set_len(len).map_err(io).map(|()| file),
         Err(e) => Err(io(e.into())),
     }
-}
-
-fn header_json(header: &Header) -> Vec<u8> {
-    // Strings and numbers only: there is nothing that JSON could not spell.
-    serde_json::to_vec(header).unwrap_or_default()
 }
 
 // A panic elsewhere leaves nothing half-done behind these locks.
