@@ -20,15 +20,13 @@ def version():
 
 def check(directory, findings):
     for name in directory.quantized:
-        codes, zeros, scales = parts = unpack(directory.stored, name.removesuffix(".weight"))
+        parts = unpack(directory.stored, name.removesuffix(".weight"))
         values = torch.from_numpy(dequantize(*parts))
         findings.equal("values", name, directory.ours[name], values)
-        if directory.settings["method"] == "rtn":
-            for kind, found, expected in zip(
-                ("codes", "zeros", "scales"), parts, quantize(directory.source[name], codes.shape[1] // zeros.shape[1])
-            ):
-                found, expected = torch.from_numpy(found), torch.from_numpy(expected)
-                findings.equal("stored", f"{name} {kind}", found, expected)
+        group = parts[0].shape[1] // parts[1].shape[1]
+        made = quantize(directory.source[name], group)
+        for kind, found, expected in zip(("codes", "zeros", "scales"), parts, made):
+            findings.equal("stored", f"{name} {kind}", torch.from_numpy(found), torch.from_numpy(expected))
     check_names(directory, findings)
     if not GPTQMODEL:
         return "loading SKIPPED: gptqmodel is not installed"

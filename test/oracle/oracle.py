@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Standard output is for our lines: what the libraries print goes to standard error.
-sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+LINES = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 
 import torch
@@ -34,6 +34,10 @@ FORMATS = [
     ("int4", ["--format", "int4"], against_awq),
 ]
 SHOWN_PROBLEMS = 5
+
+
+def say(line):
+    print(line, file=LINES)
 
 
 def bundled_models():
@@ -67,11 +71,11 @@ def check(name, source, label, flags, oracle, perplexity):
         if perplexity:
             parts.append(f"perplexity {perplexity.of(directory):.4f} (float {perplexity.float:.4f})")
     verdict = "FAILED" if findings.problems else "ok"
-    print(f"{name:10} {label:10} {verdict:6} " + ", ".join(filter(None, parts)))
+    say(f"{name:10} {label:10} {verdict:6} " + ", ".join(filter(None, parts)))
     for problem in findings.problems[:SHOWN_PROBLEMS]:
-        print(f"    {problem}")
+        say(f"    {problem}")
     if len(findings.problems) > SHOWN_PROBLEMS:
-        print(f"    and {len(findings.problems) - SHOWN_PROBLEMS} more")
+        say(f"    and {len(findings.problems) - SHOWN_PROBLEMS} more")
     return not findings.problems
 
 
@@ -98,7 +102,7 @@ def arguments():
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL_DIR", help="instead of the bundled models")
     parser.add_argument("--perplexity", action="store_true", help="of causal language models, on --text")
     parser.add_argument("--text", type=Path, help="a text that the model was not trained on")
-    parser.add_argument("--window", type=int, default=384, help="tokens of a window (384)")
+    parser.add_argument("--window", type=int, default=256, help="tokens of a window (256)")
     parser.add_argument("--windows", type=int, default=20, help="how many windows, from the start (20)")
     given = parser.parse_args()
     if given.perplexity and not given.text:
@@ -114,10 +118,10 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     models = [(model.resolve().name, model.resolve()) for model in given.models] or bundled_models()
-    print(
-        f"bitsandbytes {against_bitsandbytes.VERSION}, transformers {transformers.__version__},",
-        f"torch {torch.__version__} on {torch.backends.cpu.get_cpu_capability()},",
-        f"gptqmodel {against_awq.version()}",
+    say(
+        f"bitsandbytes {against_bitsandbytes.VERSION}, transformers {transformers.__version__}, "
+        f"torch {torch.__version__} on {torch.backends.cpu.get_cpu_capability()}, "
+        f"gptqmodel {against_awq.version()}"
     )
     good = True
     for name, source in models:
@@ -127,8 +131,8 @@ def main():
         for label, flags, oracle in FORMATS:
             good &= check(name, source, label, flags, oracle, perplexity)
     if not against_awq.GPTQMODEL:
-        print("SKIPPED: AWQ directories were not loaded in transformers; that needs the package gptqmodel")
-    print("no difference" if good else "DIFFERENCES, see above")
+        say("SKIPPED: AWQ directories were not loaded in transformers; that needs the package gptqmodel")
+    say("no difference" if good else "DIFFERENCES, see above")
     return 0 if good else 1
 
 
