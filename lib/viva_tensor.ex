@@ -34,6 +34,13 @@ defmodule VivaTensor do
     * `:int4`: the same, with `block_size: 128` and `symmetric: false`.
     * `:nf4`, `:fp4`: `block_size:` a power of two (64); `double_quant:`
       (`false`). Equal to bitsandbytes byte for byte.
+    * `:fp8_e4m3`, `:fp8_e5m2`: 8-bit floats; `block_size:` `:row` (default),
+      `:tensor`, or a number that divides the rows; `scale_dtype:` as for `:int8`.
+    * `:mxfp8`, `:mxfp8_e5m2`, `:mxfp4`: floats of the OCP's MX formats, a power of
+      two for 32 of them, chosen by `scale:` `:floor` (default, the OCP's and
+      ggml's rule), `:bump` (compressed-tensors') or `:round` (MLX's).
+    * `:nvfp4`: 4-bit floats, an E4M3 scale for 16 of them and an f32 scale for the
+      tensor.
 
   All take `method: :rtn` (round to nearest, the default) or `:mse` (scales
   searched for the least squared error).
@@ -163,7 +170,7 @@ defmodule VivaTensor do
   The formats, with a line about each.
 
       iex> Enum.map(VivaTensor.formats(), & &1.name)
-      [:int8, :int4, :nf4, :fp4]
+      [:int8, :int4, :nf4, :fp4, :fp8_e4m3, :fp8_e5m2, :mxfp8, :mxfp8_e5m2, :mxfp4, :nvfp4]
   """
   @spec formats() :: [%{name: atom, about: String.t()}]
   def formats, do: Native.formats()

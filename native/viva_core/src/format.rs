@@ -33,7 +33,8 @@ pub enum Granularity {
 /// from where counting its bits would overflow.
 pub const MAX_BLOCK: i64 = 1 << 30;
 
-/// What the stored scale of a symmetric integer format means.
+/// What a stored scale means, and how it follows from the largest magnitude
+/// of its block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scale {
@@ -42,6 +43,15 @@ pub enum Scale {
     /// The largest magnitude, as LLM.int8() stores it: value = code · scale · (1/127),
     /// codes chosen from the weights rounded to f16.
     Absmax,
+    /// A power of two: the greatest that leaves the largest magnitude in the
+    /// top binade of the elements, as the OCP's specification says.
+    Floor,
+    /// The same, doubled where the largest magnitude would be past the largest
+    /// element by rounding too, as compressed-tensors does.
+    Bump,
+    /// The power of two nearest, by its exponent, to the largest magnitude over
+    /// the largest element, as MLX does.
+    Round,
 }
 
 /// What shifts the codes of an asymmetric integer format.
@@ -305,6 +315,9 @@ impl From<Scale> for OptionValue {
             match scale {
                 Scale::Step => "step",
                 Scale::Absmax => "absmax",
+                Scale::Floor => "floor",
+                Scale::Bump => "bump",
+                Scale::Round => "round",
             }
             .into(),
         )
@@ -395,6 +408,12 @@ pub static FORMATS: &[&dyn Format] = &[
     &formats::int::INT4,
     &formats::codebook::NF4,
     &formats::codebook::FP4,
+    &formats::fp8::FP8_E4M3,
+    &formats::fp8::FP8_E5M2,
+    &formats::mx::MXFP8,
+    &formats::mx::MXFP8_E5M2,
+    &formats::mx::MXFP4,
+    &formats::nvfp4::NVFP4,
 ];
 
 /// The format of that name.

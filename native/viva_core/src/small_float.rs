@@ -83,6 +83,12 @@ impl SmallFloat {
         ((self.rebias() + 1 + self.cut()) << 23) | 0x0040_0000
     }
 
+    /// What [`nearest`](crate::simd::small_float::nearest) needs: bits of an
+    /// f32 mantissa to round off, and the bits of the least normal value.
+    pub(crate) const fn rounding(self) -> (u32, u32) {
+        (self.cut(), (self.rebias() + 1) << 23)
+    }
+
     /// The code of the nearest value.
     #[inline(always)]
     pub fn encode(self, x: f32) -> u8 {

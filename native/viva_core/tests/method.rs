@@ -35,6 +35,27 @@ fn pairs() -> Vec<(Spec, Spec, usize)> {
         add(format, int(32), 32, &[]);
         add(format, int(64), 64, &[]);
     }
+    for format in ["fp8_e4m3", "fp8_e5m2"] {
+        for dtype in ["f32", "f16", "bf16"] {
+            let more = [("scale_dtype", name(dtype))];
+            add(format, int(20), 20, &more);
+            add(format, name("row"), 160, &more);
+        }
+    }
+    let mut add = |format: &str, len: usize, more: &[(&str, OptionValue)]| {
+        let with = |method: &str| {
+            let mut options = vec![("method", name(method))];
+            options.extend_from_slice(more);
+            make(format, &options)
+        };
+        pairs.push((with("rtn"), with("mse"), len));
+    };
+    for format in ["mxfp8", "mxfp8_e5m2", "mxfp4"] {
+        for rule in ["floor", "bump", "round"] {
+            add(format, 32, &[("scale", name(rule))]);
+        }
+    }
+    add("nvfp4", 16, &[]);
     pairs
 }
 

@@ -80,7 +80,7 @@ impl Int {
     fn overflow(&self, spec: &Spec, extremes: Extremes) -> Error {
         let (scale, dtype) = match spec.scale {
             Scale::Absmax => (extremes.absmax(), DType::F16),
-            Scale::Step => {
+            _ => {
                 let exact = self
                     .grid(spec.symmetric)
                     .rtn(DType::F32, extremes.min, extremes.max);
@@ -100,10 +100,9 @@ impl Int {
                 scale: round_f16(extremes.absmax()),
                 zero: 0,
             },
-            Scale::Step => {
-                self.grid(spec.symmetric)
-                    .rtn(spec.scale_dtype, extremes.min, extremes.max)
-            }
+            _ => self
+                .grid(spec.symmetric)
+                .rtn(spec.scale_dtype, extremes.min, extremes.max),
         }
     }
 }
@@ -257,8 +256,8 @@ impl Format for Int {
         parts: &mut [&mut [u8]],
     ) -> Result<()> {
         let choice = match (extremes, spec.scale, spec.method) {
-            (Some(e), Scale::Step, _) => Choice::Fixed(self.tensor_fit(spec, e)),
             (Some(e), Scale::Absmax, _) => Choice::FixedAbsmax(self.tensor_fit(spec, e).scale),
+            (Some(e), _, _) => Choice::Fixed(self.tensor_fit(spec, e)),
             (None, Scale::Absmax, _) => Choice::Absmax,
             (None, _, Method::Rtn) => Choice::Rtn(spec.scale_dtype),
             (None, _, Method::Mse) => Choice::Mse(spec.scale_dtype),
@@ -341,8 +340,8 @@ impl Format for Int {
                 _ => q.spec.block_len(&q.shape).max(1),
             },
             factor: match q.spec.scale {
-                Scale::Step => 1.0,
                 Scale::Absmax => ONE_127TH,
+                _ => 1.0,
             },
             codes: q.part("codes")?.bytes(),
             scales: q.part("scales")?,

@@ -3,5 +3,9 @@
 
 pub mod codebook;
 pub mod dynamic_map;
+pub mod fp8;
 pub mod ggml_types;
 pub mod int;
+pub mod mx;
+pub mod nvfp4;
+mod scaled;

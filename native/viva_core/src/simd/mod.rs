@@ -10,6 +10,7 @@ pub mod codebook;
 pub mod dot;
 pub mod int;
 pub mod nibble;
+pub mod small_float;
 pub mod stats;
 pub mod vector;
 #[cfg(target_arch = "x86_64")]

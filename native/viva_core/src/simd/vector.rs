@@ -38,6 +38,8 @@ pub trait Isa: Copy {
     fn splat_u(self, v: u32) -> Self::U;
     /// The bits of each lane.
     fn bits(self, v: Self::F) -> Self::U;
+    /// The floats of those bits.
+    fn floats(self, v: Self::U) -> Self::F;
     fn and(self, a: Self::U, b: Self::U) -> Self::U;
     fn add_u(self, a: Self::U, b: Self::U) -> Self::U;
     fn sub_u(self, a: Self::U, b: Self::U) -> Self::U;
@@ -159,6 +161,10 @@ impl Isa for Portable {
     #[inline(always)]
     fn bits(self, v: Self::F) -> Self::U {
         v.map(f32::to_bits)
+    }
+    #[inline(always)]
+    fn floats(self, v: Self::U) -> Self::F {
+        v.map(f32::from_bits)
     }
     #[inline(always)]
     fn and(self, a: Self::U, b: Self::U) -> Self::U {

@@ -92,6 +92,7 @@ impl Isa for Avx512 {
         fn lookup(self, table: __m512, index: __m512i) -> __m512 { _mm512_permutexvar_ps(index, table) }
         fn splat_u(self, v: u32) -> __m512i { _mm512_set1_epi32(v as i32) }
         fn bits(self, v: __m512) -> __m512i { _mm512_castps_si512(v) }
+        fn floats(self, v: __m512i) -> __m512 { _mm512_castsi512_ps(v) }
         fn and(self, a: __m512i, b: __m512i) -> __m512i { _mm512_and_si512(a, b) }
         fn add_u(self, a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
         fn sub_u(self, a: __m512i, b: __m512i) -> __m512i { _mm512_sub_epi32(a, b) }
@@ -159,6 +160,7 @@ impl Isa for Avx2 {
         }
         fn splat_u(self, v: u32) -> [__m256i; 2] { [_mm256_set1_epi32(v as i32); 2] }
         fn bits(self, v: [__m256; 2]) -> [__m256i; 2] { v.map(|v| _mm256_castps_si256(v)) }
+        fn floats(self, v: [__m256i; 2]) -> [__m256; 2] { v.map(|v| _mm256_castsi256_ps(v)) }
         fn and(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
             [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])]
         }

@@ -104,6 +104,17 @@ pub fn every_spec() -> Vec<Spec> {
         make("nf4", &[block(32), ("double_quant", yes(true))]),
         make("fp4", &[block(128)]),
         make("fp4", &[mse(), ("double_quant", yes(true))]),
+        make("fp8_e4m3", &[]),
+        make("fp8_e4m3", &[block(32), mse(), scale_dtype("bf16")]),
+        make("fp8_e4m3", &[tensor(), scale_dtype("f16")]),
+        make("fp8_e5m2", &[block(16)]),
+        make("mxfp8", &[]),
+        make("mxfp8", &[mse()]),
+        make("mxfp8_e5m2", &[("scale", name("bump"))]),
+        make("mxfp4", &[]),
+        make("mxfp4", &[("scale", name("round")), mse()]),
+        make("nvfp4", &[]),
+        make("nvfp4", &[mse()]),
     ]
 }
 

@@ -1,0 +1,153 @@
+//! The MX formats of the OCP: blocks of 32 floats under a power of two, stored
+//! as its exponent in a byte. value = element · 2^(code − 127).
+//!
+//! | | elements | bits per weight |
+//! |---|---|---|
+//! | mxfp8, mxfp8_e5m2 | E4M3, E5M2 | 8.25 |
+//! | mxfp4 | E2M1, two a byte with the first in the low bits | 4.25 |
+//!
+//! The exponent follows from the block's largest magnitude by one of three
+//! rules, since programs differ: see [`Scale`]. The mse method tries that
+//! exponent and its two neighbours.
+
+use super::scaled::{Elements, absmax, check_rows};
+use crate::error::Result;
+use crate::format::{
+    Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
+    Spec, Zero,
+};
+use crate::small_float::e8m0;
+use crate::tensor::{DType, element_count};
+
+/// Elements that share an exponent.
+pub const BLOCK: usize = 32;
+
+pub struct Mx {
+    name: &'static str,
+    about: &'static str,
+    elements: Elements,
+}
+
+pub static MXFP8: Mx = Mx {
+    name: "mxfp8",
+    about: "8-bit floats of 3 mantissa bits, a power of two for 32 of them (OCP MX)",
+    elements: Elements::E4M3,
+};
+
+pub static MXFP8_E5M2: Mx = Mx {
+    name: "mxfp8_e5m2",
+    about: "8-bit floats of 2 mantissa bits, a power of two for 32 of them (OCP MX)",
+    elements: Elements::E5M2,
+};
+
+pub static MXFP4: Mx = Mx {
+    name: "mxfp4",
+    about: "4-bit floats, a power of two for 32 of them (OCP MX)",
+    elements: Elements::E2M1,
+};
+
+impl Mx {
+    /// The code of a block's exponent.
+    fn exponent(&self, rule: Scale, most: f32) -> u8 {
+        let largest = self.elements.float().max();
+        let bits = most.to_bits();
+        // The biased exponent of the largest element, less the bias of E8M0.
+        let top = (largest.to_bits() >> 23) - 127;
+        let code = match rule {
+            // Where the mantissa is 1.75 or more, elements with one bit of it
+            // would round up to the next binade.
+            Scale::Bump => ((bits + (1 << 21)) >> 23).saturating_sub(top),
+            // Up from √2 on.
+            Scale::Round => ((most / largest).to_bits() + 0x004a_fb0c) >> 23,
+            _ => (bits >> 23).saturating_sub(top),
+        };
+        code.min(254) as u8
+    }
+}
+
+impl Format for Mx {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn resolve(&self, options: &mut Options) -> Result<Spec> {
+        let methods = [("rtn", Method::Rtn), ("mse", Method::Mse)];
+        let rules = [
+            ("floor", Scale::Floor),
+            ("bump", Scale::Bump),
+            ("round", Scale::Round),
+        ];
+        Ok(Spec {
+            format: self.name.into(),
+            method: options.take_name("method", &methods, Method::Rtn)?,
+            granularity: Granularity::Block(BLOCK),
+            symmetric: true,
+            zero: Zero::Integer,
+            scale: options.take_name("scale", &rules, Scale::Floor)?,
+            scale_dtype: DType::F8E8M0,
+            double_quant: false,
+            act_order: false,
+        })
+    }
+
+    fn options(&self, spec: &Spec) -> Vec<(&'static str, OptionValue)> {
+        vec![("method", spec.method.into()), ("scale", spec.scale.into())]
+    }
+
+    fn check_shape(&self, _spec: &Spec, shape: &[usize]) -> Result<()> {
+        check_rows(shape, BLOCK)
+    }
+
+    fn parts(&self, _spec: &Spec, shape: &[usize]) -> Result<Vec<Part>> {
+        let n = element_count(shape)?;
+        Ok(vec![
+            self.elements.part(shape, n, BLOCK),
+            Part {
+                name: "scales",
+                dtype: DType::F8E8M0,
+                shape: vec![n / BLOCK],
+                block_bits: 8,
+            },
+        ])
+    }
+
+    fn encode(
+        &self,
+        spec: &Spec,
+        block_len: usize,
+        _extremes: Option<Extremes>,
+        x: &[f32],
+        parts: &mut [&mut [u8]],
+    ) -> Result<()> {
+        let [codes, exponents] = parts else {
+            return Ok(());
+        };
+        for (exponent, most) in exponents.iter_mut().zip(absmax(x, block_len)) {
+            *exponent = self.exponent(spec.scale, most);
+        }
+        if spec.method == Method::Mse {
+            let tried = |code: u8| [code, code.saturating_sub(1), (code + 1).min(254)];
+            let candidates: Vec<f32> = exponents
+                .iter()
+                .flat_map(|&code| tried(code).map(e8m0::decode))
+                .collect();
+            let best = self.elements.search(x, block_len, &candidates, 3);
+            for (exponent, best) in exponents.iter_mut().zip(best) {
+                *exponent = tried(*exponent)[usize::from(best)];
+            }
+        }
+        let scales: Vec<f32> = exponents.iter().map(|&code| e8m0::decode(code)).collect();
+        self.elements.encode(x, block_len, &scales, codes);
+        Ok(())
+    }
+
+    fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>> {
+        let mut decoder = self.elements.decoder(q.part("codes")?, q.part("scales")?);
+        decoder.block_len = BLOCK;
+        Ok(Box::new(decoder))
+    }
+}

@@ -1,0 +1,152 @@
+//! NVFP4: blocks of 16 E2M1 elements under an E4M3 scale, and one f32 scale
+//! for the tensor. value = element · (scale / global_scale).
+//!
+//! As compressed-tensors chooses them, global_scale = 448 · 6 / the tensor's
+//! largest magnitude, and scale = the block's largest magnitude / 6 ·
+//! global_scale, rounded; a scale of zero becomes 0.125. The mse method tries the
+//! neighbours of that scale too, from the block's largest magnitude just past 6
+//! to below 4.
+
+use super::scaled::{Elements, absmax, check_rows};
+use crate::error::Result;
+use crate::format::{
+    Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
+    Spec, Zero,
+};
+use crate::small_float::{E2M1, E4M3, E4M3_VALUES};
+use crate::tensor::{DType, Tensor, element_count};
+
+/// Elements that share a scale.
+pub const BLOCK: usize = 16;
+
+pub struct Nvfp4;
+
+pub static NVFP4: Nvfp4 = Nvfp4;
+
+const ELEMENTS: Elements = Elements::E2M1;
+
+/// Codes of scales that the search tries, counted from that of rtn. E4M3 has 8
+/// codes a binade: 6 becomes 4 near the fifth.
+const TRIED: [i32; 10] = [0, -2, -1, 1, 2, 3, 4, 5, 6, 7];
+
+/// The code of 0.125, which compressed-tensors stores in place of zero.
+const LEAST: u8 = 0x20;
+
+/// The largest positive code.
+const MOST: i32 = 0x7e;
+
+fn global_scale(extremes: Extremes) -> f32 {
+    let global = E4M3.max() * E2M1.max() / extremes.absmax().max(f32::MIN_POSITIVE);
+    // Where a tensor is so small that this overflows it keeps its own scale.
+    if global.is_finite() { global } else { 1.0 }
+}
+
+impl Format for Nvfp4 {
+    fn name(&self) -> &'static str {
+        "nvfp4"
+    }
+
+    fn about(&self) -> &'static str {
+        "4-bit floats, an 8-bit scale for 16 of them and one for the tensor (NVIDIA)"
+    }
+
+    fn resolve(&self, options: &mut Options) -> Result<Spec> {
+        let methods = [("rtn", Method::Rtn), ("mse", Method::Mse)];
+        Ok(Spec {
+            format: self.name().into(),
+            method: options.take_name("method", &methods, Method::Rtn)?,
+            granularity: Granularity::Block(BLOCK),
+            symmetric: true,
+            zero: Zero::Integer,
+            scale: Scale::Step,
+            scale_dtype: DType::F8E4M3,
+            double_quant: false,
+            act_order: false,
+        })
+    }
+
+    fn options(&self, spec: &Spec) -> Vec<(&'static str, OptionValue)> {
+        vec![("method", spec.method.into())]
+    }
+
+    fn check_shape(&self, _spec: &Spec, shape: &[usize]) -> Result<()> {
+        check_rows(shape, BLOCK)
+    }
+
+    fn parts(&self, _spec: &Spec, shape: &[usize]) -> Result<Vec<Part>> {
+        let n = element_count(shape)?;
+        Ok(vec![
+            ELEMENTS.part(shape, n, BLOCK),
+            Part {
+                name: "scales",
+                dtype: DType::F8E4M3,
+                shape: vec![n / BLOCK],
+                block_bits: 8,
+            },
+            Part {
+                name: "global_scale",
+                dtype: DType::F32,
+                shape: vec![1],
+                block_bits: 0,
+            },
+        ])
+    }
+
+    fn needs_extremes(&self, _spec: &Spec) -> bool {
+        true
+    }
+
+    fn encode(
+        &self,
+        spec: &Spec,
+        block_len: usize,
+        extremes: Option<Extremes>,
+        x: &[f32],
+        parts: &mut [&mut [u8]],
+    ) -> Result<()> {
+        let ([codes, scales, ..], Some(extremes)) = (parts, extremes) else {
+            return Ok(());
+        };
+        let global = global_scale(extremes);
+        let value = |code: u8| E4M3_VALUES[usize::from(code)] / global;
+        for (scale, most) in scales.iter_mut().zip(absmax(x, block_len)) {
+            *scale = match E4M3.encode(global * (most / E2M1.max())) {
+                0 => LEAST,
+                code => code,
+            };
+        }
+        if spec.method == Method::Mse {
+            let tried = |code: u8| TRIED.map(|by| (i32::from(code) + by).clamp(1, MOST) as u8);
+            let candidates: Vec<f32> = scales
+                .iter()
+                .flat_map(|&code| tried(code).map(value))
+                .collect();
+            let best = ELEMENTS.search(x, block_len, &candidates, TRIED.len());
+            for (scale, best) in scales.iter_mut().zip(best) {
+                *scale = tried(*scale)[usize::from(best)];
+            }
+        }
+        let values: Vec<f32> = scales.iter().map(|&code| value(code)).collect();
+        ELEMENTS.encode(x, block_len, &values, codes);
+        Ok(())
+    }
+
+    fn finish(
+        &self,
+        _spec: &Spec,
+        extremes: Option<Extremes>,
+        mut working: Vec<(&'static str, Tensor)>,
+    ) -> Result<Vec<(&'static str, Tensor)>> {
+        if let Some(extremes) = extremes {
+            working[2].1 = Tensor::from_slice(DType::F32, &[1], &[global_scale(extremes)])?;
+        }
+        Ok(working)
+    }
+
+    fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>> {
+        let mut decoder = ELEMENTS.decoder(q.part("codes")?, q.part("scales")?);
+        decoder.block_len = BLOCK;
+        decoder.divisor = q.part("global_scale")?.to_f32_vec()[0];
+        Ok(Box::new(decoder))
+    }
+}

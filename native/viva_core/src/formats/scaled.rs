@@ -1,0 +1,184 @@
+//! What the formats of scaled small floats share: value = element · scale.
+
+use crate::error::{Error, Result};
+use crate::format::{Decode, Part};
+use crate::simd::nibble::{self, Order};
+use crate::simd::small_float::{self, BlockAbsmax, Encode, Search};
+use crate::simd::{Isa, Op, codebook, dispatch};
+use crate::small_float::{E2M1, E2M1_VALUES, E4M3, E4M3_VALUES, E5M2, E5M2_VALUES, SmallFloat};
+use crate::tensor::{DType, Tensor};
+
+/// The floats that stand in for the weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Elements {
+    E4M3,
+    E5M2,
+    E2M1,
+}
+
+impl Elements {
+    pub fn float(self) -> SmallFloat {
+        match self {
+            Elements::E4M3 => E4M3,
+            Elements::E5M2 => E5M2,
+            Elements::E2M1 => E2M1,
+        }
+    }
+
+    pub fn bits(self) -> usize {
+        match self {
+            Elements::E2M1 => 4,
+            _ => 8,
+        }
+    }
+
+    /// The codes of a tensor: one an element, or two a byte with the first in
+    /// the low bits.
+    pub fn part(self, shape: &[usize], n: usize, block_len: usize) -> Part {
+        let (dtype, shape) = match self {
+            Elements::E4M3 => (DType::F8E4M3, shape.to_vec()),
+            Elements::E5M2 => (DType::F8E5M2, shape.to_vec()),
+            Elements::E2M1 => (DType::U8, vec![n.div_ceil(2)]),
+        };
+        Part {
+            name: "codes",
+            dtype,
+            shape,
+            block_bits: self.bits() * block_len,
+        }
+    }
+
+    /// Writes the codes of `x` under one scale a block.
+    pub fn encode(self, x: &[f32], block_len: usize, scales: &[f32], out: &mut [u8]) {
+        let float = self.float();
+        let encode = |codes: &mut [u8]| {
+            dispatch(Encode {
+                float,
+                x,
+                block_len,
+                scales,
+                codes,
+            });
+        };
+        if self.bits() == 8 {
+            return encode(out);
+        }
+        let mut codes = vec![0u8; x.len()];
+        encode(&mut codes);
+        nibble::pack(Order::LowFirst, &codes, out);
+    }
+
+    /// For each block, which of `each` scales gives the least squared error.
+    pub fn search(self, x: &[f32], block_len: usize, candidates: &[f32], each: usize) -> Vec<u8> {
+        let mut best = vec![0u8; candidates.len() / each];
+        dispatch(Search {
+            float: self.float(),
+            x,
+            block_len,
+            candidates,
+            each,
+            out: &mut best,
+        });
+        best
+    }
+
+    pub fn decoder<'a>(self, codes: &'a Tensor, scales: &'a Tensor) -> Decoder<'a> {
+        Decoder {
+            elements: self,
+            block_len: usize::MAX,
+            codes: codes.bytes(),
+            scales,
+            divisor: 1.0,
+        }
+    }
+}
+
+/// The largest magnitude of each block.
+pub fn absmax(x: &[f32], block_len: usize) -> Vec<f32> {
+    let mut out = vec![0f32; x.len().div_ceil(block_len)];
+    dispatch(BlockAbsmax {
+        x,
+        block_len,
+        out: &mut out,
+    });
+    out
+}
+
+/// Rows have to be whole blocks.
+pub fn check_rows(shape: &[usize], block: usize) -> Result<()> {
+    match shape.last().copied().unwrap_or(1) {
+        row if row % block != 0 => Err(Error::Indivisible { row, block }),
+        _ => Ok(()),
+    }
+}
+
+/// Reads scaled elements back.
+pub struct Decoder<'a> {
+    elements: Elements,
+    /// Elements that share a scale.
+    pub block_len: usize,
+    codes: &'a [u8],
+    scales: &'a Tensor,
+    /// What the stored scales are divided by.
+    pub divisor: f32,
+}
+
+impl Decode for Decoder<'_> {
+    fn decode(&self, start: usize, out: &mut [f32]) {
+        if out.is_empty() {
+            return;
+        }
+        let first = start / self.block_len;
+        let last = (start + out.len() - 1) / self.block_len;
+        let mut scratch = Vec::new();
+        let scales = self.scales.f32_chunk(first..last + 1, &mut scratch);
+        dispatch(DecodeBlocks {
+            decoder: self,
+            scales,
+            start,
+            out,
+        });
+    }
+}
+
+struct DecodeBlocks<'a, 'b> {
+    decoder: &'a Decoder<'b>,
+    scales: &'a [f32],
+    start: usize,
+    out: &'a mut [f32],
+}
+
+impl Op for DecodeBlocks<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let d = self.decoder;
+        let end = self.start + self.out.len();
+        let mut at = self.start;
+        let mut out = self.out;
+        let mut unpacked = [0u8; 256];
+        for &scale in self.scales {
+            let scale = scale / d.divisor;
+            let block_end = (at / d.block_len + 1).saturating_mul(d.block_len).min(end);
+            while at < block_end {
+                let n = (block_end - at).min(unpacked.len());
+                let (run, rest) = out.split_at_mut(n);
+                let table = match d.elements {
+                    Elements::E4M3 => &E4M3_VALUES,
+                    Elements::E5M2 => &E5M2_VALUES,
+                    Elements::E2M1 => {
+                        nibble::unpack(Order::LowFirst, d.codes, at, &mut unpacked[..n]);
+                        codebook::decode_run(isa, &E2M1_VALUES, &unpacked[..n], scale, run);
+                        out = rest;
+                        at += n;
+                        continue;
+                    }
+                };
+                small_float::decode_run(table, &d.codes[at..at + n], scale, run);
+                out = rest;
+                at += n;
+            }
+        }
+    }
+}

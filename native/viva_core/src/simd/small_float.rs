@@ -1,0 +1,164 @@
+//! Floats of eight and four bits under scales.
+//!
+//! Codes are made by [`SmallFloat::encode`] itself: plain arithmetic that the
+//! compiler turns into each level's vectors. Searches need values only, which
+//! [`nearest`] gives in fewer steps.
+
+use super::stats::absmax;
+use super::{Isa, Op};
+use crate::method::mse::squared_error;
+use crate::small_float::SmallFloat;
+
+/// The values nearest to v, ties to even, clamped to the largest.
+#[inline(always)]
+pub fn nearest<I: Isa>(isa: I, float: SmallFloat, v: I::F) -> I::F {
+    let (cut, least_normal) = float.rounding();
+    let most = isa.splat(float.max());
+    let v = isa.min(isa.max(v, isa.splat(-float.max())), most);
+    // 1.5 · 2²³ · the distance of neighbours at v: adding and subtracting it
+    // rounds to a multiple of that distance.
+    let binade = isa.and(isa.bits(v), isa.splat_u(0x7f80_0000));
+    let binade = isa.max_u(binade, isa.splat_u(least_normal));
+    let rounder = isa.floats(isa.add_u(binade, isa.splat_u((cut << 23) | 0x0040_0000)));
+    isa.sub(isa.add(v, rounder), rounder)
+}
+
+/// The largest magnitude of each block.
+pub struct BlockAbsmax<'a> {
+    pub x: &'a [f32],
+    pub block_len: usize,
+    pub out: &'a mut [f32],
+}
+
+impl Op for BlockAbsmax<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for (x, most) in self.x.chunks(self.block_len).zip(self.out) {
+            *most = absmax(isa, x);
+        }
+    }
+}
+
+/// Codes of whole blocks, one a byte. A scale of zero makes codes of zero.
+pub struct Encode<'a> {
+    pub float: SmallFloat,
+    pub x: &'a [f32],
+    pub block_len: usize,
+    pub scales: &'a [f32],
+    pub codes: &'a mut [u8],
+}
+
+impl Op for Encode<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) {
+        let float = self.float;
+        let blocks = self
+            .x
+            .chunks(self.block_len)
+            .zip(self.codes.chunks_mut(self.block_len));
+        for ((x, codes), &scale) in blocks.zip(self.scales) {
+            if scale == 0.0 {
+                codes.fill(0);
+                continue;
+            }
+            for (code, &v) in codes.iter_mut().zip(x) {
+                *code = float.encode(v / scale);
+            }
+        }
+    }
+}
+
+/// Which of its candidate scales gives each block the least squared error; the
+/// first of equals.
+pub struct Search<'a> {
+    pub float: SmallFloat,
+    pub x: &'a [f32],
+    pub block_len: usize,
+    /// As many a block as there are elements of `out` per block.
+    pub candidates: &'a [f32],
+    pub each: usize,
+    pub out: &'a mut [u8],
+}
+
+impl Op for Search<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let blocks = self
+            .x
+            .chunks(self.block_len)
+            .zip(self.candidates.chunks(self.each));
+        for ((x, candidates), best) in blocks.zip(self.out) {
+            *best = 0;
+            let mut least = f32::INFINITY;
+            for (i, &scale) in candidates.iter().enumerate() {
+                if scale == 0.0 {
+                    continue;
+                }
+                let by = isa.splat(scale);
+                let error = squared_error(isa, x, |v| {
+                    isa.mul(nearest(isa, self.float, isa.div(v, by)), by)
+                });
+                if error < least {
+                    least = error;
+                    *best = i as u8;
+                }
+            }
+        }
+    }
+}
+
+/// Values of consecutive codes of eight bits: table[code] · scale.
+#[inline(always)]
+pub fn decode_run(table: &[f32; 256], codes: &[u8], scale: f32, out: &mut [f32]) {
+    for (out, &code) in out.iter_mut().zip(codes) {
+        *out = table[usize::from(code)] * scale;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{LANES, dispatch_at, levels};
+    use crate::small_float::{E2M1, E4M3, E5M2};
+
+    struct Nearest<'a>(SmallFloat, &'a [f32; LANES]);
+
+    impl Op for Nearest<'_> {
+        type Output = [f32; LANES];
+
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> [f32; LANES] {
+            let mut out = [0.0; LANES];
+            isa.store(nearest(isa, self.0, isa.load(self.1)), &mut out);
+            out
+        }
+    }
+
+    #[test]
+    fn nearest_values_are_those_of_the_codes() {
+        for float in [E4M3, E5M2, E2M1] {
+            for level in levels() {
+                // Every sign and exponent, mantissas around every tie.
+                for high in 0..1u32 << 15 {
+                    let bits = |low: u32| f32::from_bits((high << 17) | low);
+                    let x: [f32; LANES] = std::array::from_fn(|i| {
+                        bits([0, 1, 0xffff, 0x1_0000, 0x1_0001, 0x1_fffe, 0x1_ffff, 0x8000][i % 8])
+                    });
+                    if !x.iter().all(|v| v.is_finite()) {
+                        continue;
+                    }
+                    let got = dispatch_at(level, Nearest(float, &x));
+                    for (v, got) in x.into_iter().zip(got) {
+                        assert_eq!(float.decode(float.encode(v)), got, "{v:e} {float:?}");
+                    }
+                }
+            }
+        }
+    }
+}
