@@ -2,11 +2,11 @@
 //!
 //! The tensor is cut, row after row, into blocks of a power of two; each block
 //! is scaled by its largest magnitude and every element takes the nearest of
-//! sixteen values: value = table[code] · absmax. The last block may be short.
+//! sixteen values: `value = table[code] · absmax`. The last block may be short.
 //!
 //! With double quantization the absmax are themselves stored in 8 bits: their
 //! mean is taken off and the rest goes through the dynamic map in blocks of 256,
-//! absmax = map[code] · nested_absmax + nested_offset.
+//! `absmax = map[code] · nested_absmax + nested_offset`.
 
 use std::sync::LazyLock;
 

@@ -53,7 +53,7 @@ static CODE_OF_POINT: LazyLock<Vec<u8>> = LazyLock::new(|| {
         .collect()
 });
 
-/// Scales in 8 bits: scale = map[code] · absmax of its block + offset.
+/// Scales in 8 bits: `scale = map[code] · absmax + offset`, absmax that of its block.
 pub struct Nested {
     pub codes: Vec<u8>,
     pub absmax: Vec<f32>,

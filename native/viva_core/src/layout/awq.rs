@@ -1,7 +1,7 @@
 //! AWQ GEMM: int4 in groups along the input, stored [in, out].
 //!
 //! `qweight` i32 [in, out/8], `qzeros` i32 [in/g, out/8], `scales` f16
-//! [in/g, out]. Nibble i of a word is output column 8c + [0,2,4,6,1,3,5,7][i].
+//! [in/g, out]. Nibble i of a word is output column `8c + [0,2,4,6,1,3,5,7][i]`.
 
 use std::borrow::Cow;
 

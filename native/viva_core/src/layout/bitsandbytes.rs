@@ -2,8 +2,8 @@
 //!
 //! | format | tensors |
 //! |---|---|
-//! | 4-bit | `weight` u8 [⌈n/2⌉, 1]; `weight.absmax` f32 [blocks], u8 when nested; `weight.quant_map` f32 [16]; nested: `weight.nested_absmax` f32, `weight.nested_quant_map` f32 [256]; `weight.quant_state.bitsandbytes__nf4` u8: JSON |
-//! | int8 | `weight` i8 [out, in]; `SCB` f32 [out]; `weight_format` u8 scalar 0 |
+//! | 4-bit | `weight` u8 [⌈n/2⌉, 1]; `weight.absmax` f32 `[blocks]`, u8 when nested; `weight.quant_map` f32 `[16]`; nested: `weight.nested_absmax` f32, `weight.nested_quant_map` f32 `[256]`; `weight.quant_state.bitsandbytes__nf4` u8: JSON |
+//! | int8 | `weight` i8 [out, in]; `SCB` f32 `[out]`; `weight_format` u8 scalar 0 |
 
 use std::borrow::Cow;
 

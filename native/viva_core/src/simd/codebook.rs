@@ -192,7 +192,7 @@ impl Op for Encode<'_> {
     }
 }
 
-/// Values of consecutive codes, one a byte: table[code] · scale.
+/// Values of consecutive codes, one a byte: `table[code] · scale`.
 #[inline(always)]
 pub fn decode_run<I: Isa>(isa: I, table: &[f32; 16], codes: &[u8], scale: f32, out: &mut [f32]) {
     let table = isa.load(table);

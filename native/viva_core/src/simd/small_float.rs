@@ -113,7 +113,7 @@ impl Op for Search<'_> {
     }
 }
 
-/// Values of consecutive codes of eight bits: table[code] · scale.
+/// Values of consecutive codes of eight bits: `table[code] · scale`.
 #[inline(always)]
 pub fn decode_run(table: &[f32; 256], codes: &[u8], scale: f32, out: &mut [f32]) {
     for (out, &code) in out.iter_mut().zip(codes) {

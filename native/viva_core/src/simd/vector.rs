@@ -32,7 +32,7 @@ pub trait Isa: Copy {
     fn round_f16(self, v: Self::F) -> Self::F;
     /// Signed integers to floats.
     fn int_to_float(self, v: Self::U) -> Self::F;
-    /// table[index] a lane; indices are below 16.
+    /// `table[index]` a lane; indices are below 16.
     fn lookup(self, table: Self::F, index: Self::U) -> Self::F;
 
     fn splat_u(self, v: u32) -> Self::U;
