@@ -18,6 +18,8 @@ pub enum Method {
     Rtn,
     /// Scales (and zero points) searched for the lowest squared error.
     Mse,
+    /// Half-quadratic: a float zero point of least error in the norm p = 0.7.
+    Hqq,
 }
 
 /// Which elements share one scale.
@@ -164,7 +166,7 @@ impl Quantized {
                 message: format!("{} parts where {} belong", self.parts.len(), declared.len()),
             });
         }
-        Ok(())
+        format.check_parts(self)
     }
 }
 
@@ -244,6 +246,11 @@ pub trait Format: Send + Sync {
         Ok(working)
     }
 
+    /// Checks the numbers of parts that decoding uses as positions.
+    fn check_parts(&self, _q: &Quantized) -> Result<()> {
+        Ok(())
+    }
+
     /// A decoder over a validated quantized tensor.
     fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>>;
 }
@@ -281,6 +288,7 @@ impl From<Method> for OptionValue {
             match method {
                 Method::Rtn => "rtn",
                 Method::Mse => "mse",
+                Method::Hqq => "hqq",
             }
             .into(),
         )
@@ -405,7 +413,11 @@ impl Options {
 /// Every format, in the order in which they are shown to users.
 pub static FORMATS: &[&dyn Format] = &[
     &formats::int::INT8,
+    &formats::int::INT6,
+    &formats::int::INT5,
     &formats::int::INT4,
+    &formats::int::INT3,
+    &formats::int::INT2,
     &formats::codebook::NF4,
     &formats::codebook::FP4,
     &formats::fp8::FP8_E4M3,

@@ -113,7 +113,8 @@ fn empty_tensors_go_through_everything() {
                 };
                 q.validate().unwrap();
                 assert_eq!((q.len(), q.shape.as_slice()), (0, shape.as_slice()));
-                assert!(q.nbytes() < 16 && q.bits_per_weight().is_finite());
+                let index = q.part("group_index").map_or(0, |part| part.bytes().len());
+                assert!(q.nbytes() < 16 + index && q.bits_per_weight().is_finite());
                 assert!(dequantize(&q).unwrap().is_empty());
                 assert_eq!(support::dequantized(&q, DType::BF16).len(), 0);
                 let m = metrics::quantized(&x, &q, &Cancel::new()).unwrap();
@@ -138,9 +139,11 @@ fn scalars_and_single_elements() {
                 };
                 q.validate().unwrap();
                 let y = dequantize(&q).unwrap()[0];
-                // Half a step of the coarsest grid, and what its scale loses.
+                // Half a step of the coarsest grid, and what its scale loses: two
+                // symmetric bits have one step above zero, at two thirds.
+                let step = if spec.format == "int2" { 0.34 } else { 0.1 };
                 assert!(
-                    (y - value).abs() <= 0.1 * value.abs(),
+                    (y - value).abs() <= step * value.abs(),
                     "{value} → {y} {spec:?}"
                 );
             }
@@ -289,7 +292,7 @@ fn integers_are_not_quantized_and_not_made() {
 #[test]
 fn invalid_options_are_named() {
     let block = |f, v| option_of(try_make(f, &[("block_size", v)]));
-    for format in ["int8", "int4", "nf4", "fp4"] {
+    for format in ["int8", "int4", "int3", "int2", "nf4", "fp4"] {
         for bad in [
             0,
             1,
@@ -349,11 +352,18 @@ fn invalid_options_are_named() {
     assert_eq!(absmax("int8", "method", name("mse")), "scale");
     assert_eq!(absmax("int8", "scale_dtype", name("f16")), "scale_dtype");
     let tensor = [("block_size", name("tensor")), ("method", name("mse"))];
-    assert_eq!(option_of(try_make("int8", &tensor)), "method");
-    match try_make("int5", &[]).unwrap_err() {
+    assert_eq!(option_of(try_make("int8", &tensor)), "block_size");
+    let hqq = |o, v| option_of(try_make("int4", &[("method", name("hqq")), (o, v)]));
+    assert_eq!(hqq("block_size", name("tensor")), "block_size");
+    assert_eq!(hqq("zero_point", name("integer")), "zero_point");
+    assert_eq!(hqq("zero_point", yes(true)), "zero_point");
+    assert_eq!(hqq("symmetric", yes(true)), "symmetric");
+    let ordered = [("act_order", yes(true)), ("block_size", name("row"))];
+    assert_eq!(option_of(try_make("int4", &ordered)), "act_order");
+    match try_make("int7", &[]).unwrap_err() {
         Error::UnknownFormat { name, known } => {
             let all: Vec<&str> = FORMATS.iter().map(|f| f.name()).collect();
-            assert_eq!((name.as_str(), known), ("int5", all.join(", ")));
+            assert_eq!((name.as_str(), known), ("int7", all.join(", ")));
         }
         other => panic!("{other:?}"),
     }

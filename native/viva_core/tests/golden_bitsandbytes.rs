@@ -3,58 +3,15 @@
 
 mod support;
 
-use safetensors::SafeTensors;
+use support::golden::Golden;
 use support::{Digest, int, make, name, on_every_level, quantized, yes};
 use viva_core::format::{Quantized, Spec};
 use viva_core::formats::codebook::{FP4, NF4};
 use viva_core::formats::dynamic_map::{DYNAMIC_MAP, double_quantize};
 use viva_core::tensor::{DType, Tensor, widen};
 
-const FIXTURE: &str = concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/../../test/golden/bitsandbytes.safetensors"
-);
-
-struct Golden<'a>(SafeTensors<'a>);
-
-impl Golden<'_> {
-    fn tensor(&self, name: &str) -> Tensor {
-        let view = self
-            .0
-            .tensor(name)
-            .unwrap_or_else(|e| panic!("{name}: {e}"));
-        let dtype = match view.dtype() {
-            safetensors::Dtype::F32 => DType::F32,
-            safetensors::Dtype::F16 => DType::F16,
-            safetensors::Dtype::BF16 => DType::BF16,
-            safetensors::Dtype::I8 => DType::I8,
-            safetensors::Dtype::U8 => DType::U8,
-            other => panic!("{name}: {other:?}"),
-        };
-        Tensor::from_slice(dtype, view.shape(), view.data()).unwrap()
-    }
-
-    fn floats(&self, name: &str) -> Vec<f32> {
-        self.tensor(name).to_f32_vec()
-    }
-
-    /// Prefixes of the names that end in `/{last}`.
-    fn cases(&self, last: &str) -> Vec<String> {
-        let last = format!("/{last}");
-        let mut cases: Vec<String> = self
-            .0
-            .names()
-            .into_iter()
-            .filter_map(|n| n.strip_suffix(&last).map(String::from))
-            .collect();
-        cases.sort();
-        cases
-    }
-}
-
 fn with_golden(f: impl FnOnce(&Golden)) {
-    let bytes = std::fs::read(FIXTURE).unwrap();
-    f(&Golden(SafeTensors::deserialize(&bytes).unwrap()));
+    f(&Golden::open("bitsandbytes"));
 }
 
 /// Quantizes the weight of `case`, holds the parts named in `pairs` and the

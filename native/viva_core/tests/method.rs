@@ -20,7 +20,14 @@ fn pairs() -> Vec<(Spec, Spec, usize)> {
         };
         pairs.push((with("rtn"), with("mse"), len));
     };
-    for format in ["int8", "int4"] {
+    for format in ["int8", "int4", "int3", "int2"] {
+        let float = ("zero_point", name("float"));
+        for dtype in ["f32", "f16", "bf16"] {
+            let more = [float.clone(), ("scale_dtype", name(dtype))];
+            add(format, int(16), 16, &more);
+            add(format, int(80), 80, &more);
+            add(format, name("row"), 160, &more);
+        }
         for symmetric in [true, false] {
             for dtype in ["f32", "f16", "bf16"] {
                 let more = [("symmetric", yes(symmetric)), ("scale_dtype", name(dtype))];

@@ -13,6 +13,8 @@ fn rows() -> Vec<Row> {
     let mse = || ("method", name("mse"));
     let block = |n| ("block_size", int(n));
     let symmetric = |v| ("symmetric", yes(v));
+    let hqq = || ("method", name("hqq"));
+    let float = || ("zero_point", name("float"));
     vec![
         ("int8", vec![], 41.2, 8.01),
         ("int8", vec![("scale", name("absmax"))], 41.2, 8.01),
@@ -28,6 +30,18 @@ fn rows() -> Vec<Row> {
         ("int4", vec![mse()], 20.44, 4.17),
         ("int4", vec![symmetric(true), block(32)], 20.26, 4.5),
         ("int4", vec![symmetric(true), block(32), mse()], 21.83, 4.5),
+        ("int4", vec![hqq(), block(64)], 21.3, 4.5),
+        ("int4", vec![float(), block(64)], 20.8, 4.5),
+        ("int4", vec![float(), block(64), mse()], 21.7, 4.5),
+        ("int6", vec![], 32.4, 6.18),
+        ("int5", vec![], 26.2, 5.17),
+        ("int3", vec![], 13.3, 3.15),
+        ("int3", vec![mse()], 14.6, 3.15),
+        ("int3", vec![hqq()], 13.7, 3.26),
+        ("int2", vec![], 6.8, 2.3),
+        ("int2", vec![mse()], 9.0, 2.3),
+        ("int2", vec![hqq()], 7.3, 2.5),
+        ("int2", vec![float(), mse()], 9.9, 2.5),
         ("fp8_e4m3", vec![], 31.5, 8.01),
         ("fp8_e4m3", vec![mse()], 31.7, 8.01),
         (

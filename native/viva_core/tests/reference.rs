@@ -5,7 +5,7 @@ mod support;
 
 use half::{bf16, f16};
 use support::{Digest, Random, gaussian, int, make, name, on_every_level, quantized, same, yes};
-use viva_core::format::{Granularity, OptionValue, Quantized, Scale, Spec};
+use viva_core::format::{Granularity, OptionValue, Quantized, Scale, Spec, Zero};
 use viva_core::formats::codebook::{FP4, NF4};
 use viva_core::formats::dynamic_map::DYNAMIC_MAP;
 use viva_core::tensor::{DType, Tensor};
@@ -16,6 +16,7 @@ struct Expected {
     codes: Vec<u8>,
     scales: Vec<f32>,
     zeros: Vec<u8>,
+    biases: Vec<f32>,
     values: Vec<f32>,
 }
 
@@ -59,7 +60,11 @@ fn largest(x: &[f32]) -> f32 {
 }
 
 /// One block of an integer format; `source` is what the scale is taken from.
-fn int_block(out: &mut Expected, eight: bool, spec: &Spec, source: &[f32], x: &[f32]) {
+fn int_block(out: &mut Expected, bits: u32, spec: &Spec, source: &[f32], x: &[f32]) {
+    let top = 2f32.powi(bits as i32) - 1.0;
+    if spec.zero == Zero::Float {
+        return line_block(out, top, spec, x);
+    }
     if spec.scale == Scale::Absmax {
         // LLM.int8(): f16 first, times 127/absmax in two roundings.
         let most = stored(DType::F16, largest(source));
@@ -80,10 +85,11 @@ fn int_block(out: &mut Expected, eight: bool, spec: &Spec, source: &[f32], x: &[
         return;
     }
     if spec.symmetric {
-        let (lo, hi, offset, divisor) = if eight {
+        let (lo, hi, offset, divisor) = if bits == 8 {
             (-127.0, 127.0, 0, 127.0)
         } else {
-            (-8.0, 7.0, 8, 7.5)
+            let half = 1 << (bits - 1);
+            (-(half as f32), (half - 1) as f32, half, top / 2.0)
         };
         let scale = stored(spec.scale_dtype, largest(source) / divisor);
         for &v in x {
@@ -97,7 +103,6 @@ fn int_block(out: &mut Expected, eight: bool, spec: &Spec, source: &[f32], x: &[
         out.scales.push(scale);
         return;
     }
-    let top = if eight { 255.0 } else { 15.0 };
     let (low, high) = (least(source), greatest(source));
     // In halves, since the range of finite values need not be finite.
     let scale = stored(spec.scale_dtype, (high / 2.0 - low / 2.0) / (top / 2.0));
@@ -115,6 +120,36 @@ fn int_block(out: &mut Expected, eight: bool, spec: &Spec, source: &[f32], x: &[
     }
     out.scales.push(scale);
     out.zeros.push(zero as u8);
+}
+
+/// A float zero point as mlx finds it, in a block of its own.
+fn line_block(out: &mut Expected, top: f32, spec: &Spec, x: &[f32]) {
+    let (mut low, mut high) = (x[0], x[0]);
+    for &v in x {
+        low = if v < low { v } else { low };
+        high = if v > high { v } else { high };
+    }
+    let step = ((high - low) / top).max(1e-7);
+    let (mut scale, edge) = match low.abs() > high.abs() {
+        true => (step, low),
+        false => (-step, high),
+    };
+    let mut bias = 0.0;
+    let steps = (edge / scale).round_ties_even();
+    if steps != 0.0 {
+        (scale, bias) = (edge / steps, edge);
+    }
+    let (by, from) = (
+        stored(spec.scale_dtype, scale),
+        stored(spec.scale_dtype, bias),
+    );
+    for &v in x {
+        let code = ((v - bias) / scale).round_ties_even().clamp(0.0, top);
+        out.codes.push(code as u8);
+        out.values.push(code as u8 as f32 * by + from);
+    }
+    out.scales.push(by);
+    out.biases.push(from);
 }
 
 /// The table's codes in ascending order of value, the midpoints between them.
@@ -158,45 +193,54 @@ fn expected(spec: &Spec, shape: &[usize], x: &[f32]) -> Expected {
         "fp4" => Some(&FP4.table),
         _ => None,
     };
-    let eight = spec.format == "int8";
+    let bits = width(spec);
     match (spec.granularity, table) {
         (Granularity::Block(n), Some(table)) => {
             x.chunks(n).for_each(|x| table_block(&mut out, table, n, x));
         }
         (Granularity::Block(n), None) => {
             x.chunks(n)
-                .for_each(|b| int_block(&mut out, eight, spec, b, b));
+                .for_each(|b| int_block(&mut out, bits, spec, b, b));
         }
         (Granularity::Row, _) => {
             x.chunks(row)
-                .for_each(|r| int_block(&mut out, eight, spec, r, r));
+                .for_each(|r| int_block(&mut out, bits, spec, r, r));
         }
-        (Granularity::Tensor, _) => int_block(&mut out, eight, spec, x, x),
+        (Granularity::Tensor, _) => int_block(&mut out, bits, spec, x, x),
     }
     out
 }
 
-/// Codes of 4 bits as the format packs them.
-fn packed(spec: &Spec, codes: &[u8], padding: u8) -> Vec<u8> {
-    let high_first = spec.format != "int4";
-    codes
-        .chunks(2)
-        .map(|pair| {
-            let (a, b) = (pair[0], pair.get(1).copied().unwrap_or(padding));
-            if high_first { a << 4 | b } else { b << 4 | a }
-        })
-        .collect()
+/// Bits of a code.
+fn width(spec: &Spec) -> u32 {
+    match spec.format.strip_prefix("int") {
+        Some(bits) => bits.parse().unwrap(),
+        None => 4,
+    }
+}
+
+/// Codes as the format packs them.
+fn packed(spec: &Spec, codes: &[u8]) -> Vec<u8> {
+    if !spec.format.starts_with("int") {
+        // An odd last code is paired with that of zero.
+        let padding = if spec.format == "nf4" { 7 } else { 0 };
+        return codes
+            .chunks(2)
+            .map(|pair| pair[0] << 4 | pair.get(1).copied().unwrap_or(padding))
+            .collect();
+    }
+    let bits = width(spec) as usize;
+    let mut stream = vec![0u8; (codes.len() * bits).div_ceil(8)];
+    for (i, code) in codes.iter().enumerate() {
+        for bit in (0..bits).filter(|b| code >> b & 1 == 1) {
+            stream[(i * bits + bit) / 8] |= 1 << ((i * bits + bit) % 8);
+        }
+    }
+    stream
 }
 
 fn check_parts(q: &Quantized, e: &Expected, what: &str) {
-    let eight = q.spec.format == "int8";
-    let codes = if eight {
-        e.codes.clone()
-    } else {
-        // nf4 and fp4 pad with an element of zero, int4 with nothing.
-        let padding = if q.spec.format == "nf4" { 7 } else { 0 };
-        packed(&q.spec, &e.codes, padding)
-    };
+    let codes = packed(&q.spec, &e.codes);
     assert!(q.part("codes").unwrap().bytes() == codes, "codes of {what}");
     let scales = if q.spec.format.ends_with("fp4") || q.spec.format == "nf4" {
         "absmax"
@@ -210,12 +254,16 @@ fn check_parts(q: &Quantized, e: &Expected, what: &str) {
         &e.scales,
         format_args!("scales of {what}"),
     );
-    if !q.spec.symmetric {
-        let zeros = if eight {
-            e.zeros.clone()
-        } else {
-            packed(&q.spec, &e.zeros, 0)
-        };
+    if q.spec.zero == Zero::Float {
+        let biases = q.part("biases").unwrap();
+        assert_eq!(biases.dtype(), q.spec.scale_dtype, "{what}");
+        same(
+            &biases.to_f32_vec(),
+            &e.biases,
+            format_args!("biases of {what}"),
+        );
+    } else if !q.spec.symmetric {
+        let zeros = packed(&q.spec, &e.zeros);
         assert_eq!(
             q.part("zero_points").unwrap().bytes(),
             zeros,
@@ -307,12 +355,18 @@ fn kinds(n: usize, seed: u64) -> Vec<(&'static str, Vec<f32>)> {
 
 fn int_specs(block_size: OptionValue) -> Vec<Spec> {
     let mut specs = Vec::new();
-    for format in ["int8", "int4"] {
-        for symmetric in [true, false] {
+    let kinds = [(true, "integer"), (false, "integer"), (false, "float")];
+    for format in ["int8", "int6", "int5", "int4", "int3", "int2"] {
+        for (symmetric, zero) in kinds {
+            // One bias for a whole tensor is none that MLX knows.
+            if zero == "float" && block_size == name("tensor") {
+                continue;
+            }
             for dtype in ["f32", "f16", "bf16"] {
                 let options = [
                     ("block_size", block_size.clone()),
                     ("symmetric", yes(symmetric)),
+                    ("zero_point", name(zero)),
                     ("scale_dtype", name(dtype)),
                 ];
                 specs.push(make(format, &options));

@@ -1,26 +1,35 @@
-//! Integer formats: int8 and int4, symmetric and asymmetric.
+//! Integer formats of 8 to 2 bits, symmetric and asymmetric.
+//!
+//! With n bits and top = 2ⁿ − 1:
 //!
 //! | | code | value |
 //! |---|---|---|
 //! | symmetric int8, step | −127…127 as i8 | code · scale, scale = absmax/127 |
 //! | symmetric int8, absmax | −127…127 as i8 | code · scale · (1/127), scale = absmax of the weights in f16: bitsandbytes' LLM.int8() |
-//! | asymmetric int8 | 0…255 | (code − zero) · scale, scale = (max − min)/255 |
-//! | symmetric int4 | 0…15, stored + 8 | (code − 8) · scale, scale = absmax/7.5: compressed-tensors |
-//! | asymmetric int4 | 0…15 | (code − zero) · scale, scale = (max − min)/15: AWQ, GPTQ |
+//! | symmetric, fewer bits | 0…top, stored + 2ⁿ⁻¹ | (code − 2ⁿ⁻¹) · scale, scale = absmax/(top/2): compressed-tensors |
+//! | asymmetric | 0…top | (code − zero) · scale, scale = (max − min)/top: AWQ, GPTQ |
+//! | asymmetric, float zero point | 0…top | code · scale + bias: MLX (rtn), HQQ |
 //!
-//! min and max include zero, so that zero is stored exactly. Codes are the
-//! quotient by the stored scale, rounded to nearest with ties to even.
+//! With an integer zero, min and max include zero, so that zero is stored
+//! exactly, and codes are the quotient by the stored scale, rounded to nearest
+//! with ties to even. Codes below 8 bits are one stream of bits, least first.
+//!
+//! Under `act_order` element c of every row belongs to block `group_index[c]`
+//! of that row, as GPTQ stores weights that it took in another order.
+
+mod decode;
 
 use crate::error::{Error, Result};
 use crate::format::{
     Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
     Quantized, Scale, Spec, Zero,
 };
-use crate::simd::int::{Choice, Encode, Fit, Grid, decode_run};
-use crate::simd::nibble::{self, Order};
+use crate::simd::affine;
+use crate::simd::bits;
+use crate::simd::dispatch;
+use crate::simd::int::{Choice, Encode, Fit, Grid};
 use crate::simd::stats::RangeWithZero;
 use crate::simd::vector::round_f16;
-use crate::simd::{Isa, Op, dispatch};
 use crate::tensor::{DType, Tensor, element_count, narrow};
 
 /// An integer format of `bits` bits.
@@ -40,6 +49,22 @@ pub static INT8: Int = Int {
     symmetric: true,
 };
 
+pub static INT6: Int = Int {
+    name: "int6",
+    about: "6-bit integers in groups of 128, with a zero point",
+    bits: 6,
+    granularity: Granularity::Block(128),
+    symmetric: false,
+};
+
+pub static INT5: Int = Int {
+    name: "int5",
+    about: "5-bit integers in groups of 128, with a zero point",
+    bits: 5,
+    granularity: Granularity::Block(128),
+    symmetric: false,
+};
+
 pub static INT4: Int = Int {
     name: "int4",
     about: "4-bit integers in groups of 128, with a zero point",
@@ -48,14 +73,46 @@ pub static INT4: Int = Int {
     symmetric: false,
 };
 
-/// 1/127 as LLM.int8() multiplies with it.
-const ONE_127TH: f32 = f32::from_bits(0x3c01_0204);
+pub static INT3: Int = Int {
+    name: "int3",
+    about: "3-bit integers in groups of 128, with a zero point",
+    bits: 3,
+    granularity: Granularity::Block(128),
+    symmetric: false,
+};
+
+pub static INT2: Int = Int {
+    name: "int2",
+    about: "2-bit integers in groups of 64, with a zero point",
+    bits: 2,
+    granularity: Granularity::Block(64),
+    symmetric: false,
+};
+
+/// Bits of a code of the integer format of that name.
+pub fn width(format: &str) -> Option<usize> {
+    [&INT8, &INT6, &INT5, &INT4, &INT3, &INT2]
+        .into_iter()
+        .find(|int| int.name == format)
+        .map(|int| int.bits)
+}
+
+/// The name of the integer format of that many bits.
+pub fn name_of(width: usize) -> Option<&'static str> {
+    [&INT8, &INT6, &INT5, &INT4, &INT3, &INT2]
+        .into_iter()
+        .find(|int| int.bits == width)
+        .map(|int| int.name)
+}
 
 impl Int {
     fn grid(&self, symmetric: bool) -> Grid {
         let (lo, hi, offset, divisor) = match (self.bits, symmetric) {
             (8, true) => (-127, 127, 0, 127.0),
-            (_, true) => (-8, 7, 8, 7.5),
+            (bits, true) => {
+                let half = 1 << (bits - 1);
+                (-half, half - 1, half, half as f32 - 0.5)
+            }
             (bits, false) => (0, (1 << bits) - 1, 0, 0.0),
         };
         Grid {
@@ -80,6 +137,8 @@ impl Int {
     fn overflow(&self, spec: &Spec, extremes: Extremes) -> Error {
         let (scale, dtype) = match spec.scale {
             Scale::Absmax => (extremes.absmax(), DType::F16),
+            // The bias is one of the extremes, and larger than the scale.
+            _ if spec.zero == Zero::Float => (extremes.absmax(), spec.scale_dtype),
             _ => {
                 let exact = self
                     .grid(spec.symmetric)
@@ -132,7 +191,12 @@ impl Format for Int {
     }
 
     fn resolve(&self, options: &mut Options) -> Result<Spec> {
-        let methods = [("rtn", Method::Rtn), ("mse", Method::Mse)];
+        let methods = [
+            ("rtn", Method::Rtn),
+            ("mse", Method::Mse),
+            ("hqq", Method::Hqq),
+        ];
+        let zeros = [("integer", Zero::Integer), ("float", Zero::Float)];
         let scales = [("step", Scale::Step), ("absmax", Scale::Absmax)];
         let dtypes = [
             ("f32", DType::F32),
@@ -141,7 +205,14 @@ impl Format for Int {
         ];
         let method = options.take_name("method", &methods, Method::Rtn)?;
         let granularity = take_granularity(options, self.granularity)?;
-        let symmetric = options.take_bool("symmetric", self.symmetric)?;
+        let zero = match method {
+            Method::Hqq => Zero::Float,
+            _ => Zero::Integer,
+        };
+        let zero = options.take_name("zero_point", &zeros, zero)?;
+        let asymmetric = zero == Zero::Float || !self.symmetric;
+        let symmetric = options.take_bool("symmetric", !asymmetric)?;
+        let act_order = options.take_bool("act_order", false)?;
         let scale = options.take_name("scale", &scales, Scale::Step)?;
         // A scale a row costs nothing; a scale a block is worth halving.
         let default_dtype = match granularity {
@@ -151,7 +222,7 @@ impl Format for Int {
         };
         let scale_dtype = options.take_name("scale_dtype", &dtypes, default_dtype)?;
         if scale == Scale::Absmax {
-            if self.bits != 8 || !symmetric || method != Method::Rtn {
+            if self.bits != 8 || !symmetric || method != Method::Rtn || act_order {
                 return Err(Error::option(
                     "scale",
                     "absmax is LLM.int8()'s rule: symmetric int8 with method rtn only",
@@ -161,10 +232,25 @@ impl Format for Int {
                 return Err(Error::option("scale_dtype", "scale: absmax stores f32"));
             }
         }
-        if granularity == Granularity::Tensor && method == Method::Mse {
+        if granularity == Granularity::Tensor && (method != Method::Rtn || zero == Zero::Float) {
             return Err(Error::option(
-                "method",
-                "mse searches rows or blocks; with block_size tensor use rtn",
+                "block_size",
+                "mse, hqq and float zero points are of rows or blocks; with block_size tensor use rtn",
+            ));
+        }
+        if method == Method::Hqq && zero == Zero::Integer {
+            return Err(Error::option("zero_point", "hqq finds a float one"));
+        }
+        if zero == Zero::Float && symmetric {
+            return Err(Error::option(
+                "symmetric",
+                "a float zero point and hqq are asymmetric",
+            ));
+        }
+        if act_order && !matches!(granularity, Granularity::Block(_)) {
+            return Err(Error::option(
+                "act_order",
+                "it orders blocks; give block_size a number",
             ));
         }
         Ok(Spec {
@@ -172,11 +258,11 @@ impl Format for Int {
             method,
             granularity,
             symmetric,
-            zero: Zero::Integer,
+            zero,
             scale,
             scale_dtype,
             double_quant: false,
-            act_order: false,
+            act_order,
         })
     }
 
@@ -185,6 +271,8 @@ impl Format for Int {
             ("method", spec.method.into()),
             ("block_size", spec.granularity.into()),
             ("symmetric", OptionValue::Bool(spec.symmetric)),
+            ("zero_point", spec.zero.into()),
+            ("act_order", OptionValue::Bool(spec.act_order)),
             ("scale", spec.scale.into()),
             (
                 "scale_dtype",
@@ -209,7 +297,6 @@ impl Format for Int {
             Granularity::Tensor => 0,
             _ => bits,
         };
-        let packed = self.bits == 4;
         let mut parts = vec![
             Part {
                 name: "codes",
@@ -218,10 +305,9 @@ impl Format for Int {
                 } else {
                     DType::U8
                 },
-                shape: if packed {
-                    vec![n.div_ceil(2)]
-                } else {
-                    shape.to_vec()
+                shape: match self.bits {
+                    8 => shape.to_vec(),
+                    bits => vec![bits::packed_len(bits, n)],
                 },
                 block_bits: self.bits * block_len,
             },
@@ -232,12 +318,25 @@ impl Format for Int {
                 block_bits: per_block(8 * spec.scale_dtype.size()),
             },
         ];
-        if !spec.symmetric {
-            parts.push(Part {
+        match (spec.symmetric, spec.zero) {
+            (true, _) => {}
+            (false, Zero::Integer) => parts.push(Part {
                 name: "zero_points",
                 dtype: DType::U8,
-                shape: vec![if packed { blocks.div_ceil(2) } else { blocks }],
+                shape: vec![bits::packed_len(self.bits, blocks)],
                 block_bits: per_block(self.bits),
+            }),
+            (false, Zero::Float) => parts.push(Part {
+                name: "biases",
+                ..parts[1].clone()
+            }),
+        }
+        if spec.act_order {
+            parts.push(Part {
+                name: "group_index",
+                dtype: DType::I32,
+                shape: vec![shape.last().copied().unwrap_or(1)],
+                block_bits: 0,
             });
         }
         Ok(parts)
@@ -255,31 +354,48 @@ impl Format for Int {
         x: &[f32],
         parts: &mut [&mut [u8]],
     ) -> Result<()> {
-        let choice = match (extremes, spec.scale, spec.method) {
-            (Some(e), Scale::Absmax, _) => Choice::FixedAbsmax(self.tensor_fit(spec, e).scale),
-            (Some(e), _, _) => Choice::Fixed(self.tensor_fit(spec, e)),
-            (None, Scale::Absmax, _) => Choice::Absmax,
-            (None, _, Method::Rtn) => Choice::Rtn(spec.scale_dtype),
-            (None, _, Method::Mse) => Choice::Mse(spec.scale_dtype),
-        };
         let blocks = x.len().div_ceil(block_len.max(1));
         let mut scales = vec![0f32; blocks];
         let mut zeros = vec![0u8; blocks];
-        let mut unpacked = vec![0u8; if self.bits == 4 { x.len() } else { 0 }];
-        dispatch(Encode {
-            grid: self.grid(spec.symmetric),
-            choice,
-            block_len,
-            x,
-            codes: if self.bits == 4 {
-                &mut unpacked
-            } else {
-                &mut *parts[0]
-            },
-            scales: &mut scales,
-            zeros: &mut zeros,
-        });
-        if let Some(block) = scales.iter().position(|s| !s.is_finite()) {
+        let mut biases = vec![0f32; blocks];
+        let mut unpacked = vec![0u8; if self.bits < 8 { x.len() } else { 0 }];
+        let codes = match self.bits {
+            8 => &mut *parts[0],
+            _ => &mut unpacked[..],
+        };
+        let grid = self.grid(spec.symmetric);
+        if spec.zero == Zero::Float {
+            dispatch(affine::Encode {
+                method: spec.method,
+                top: grid.hi as f32,
+                dtype: spec.scale_dtype,
+                block_len,
+                x,
+                codes,
+                scales: &mut scales,
+                biases: &mut biases,
+            });
+        } else {
+            dispatch(Encode {
+                grid,
+                choice: match (extremes, spec.scale, spec.method) {
+                    (Some(e), Scale::Absmax, _) => {
+                        Choice::FixedAbsmax(self.tensor_fit(spec, e).scale)
+                    }
+                    (Some(e), ..) => Choice::Fixed(self.tensor_fit(spec, e)),
+                    (None, Scale::Absmax, _) => Choice::Absmax,
+                    (None, _, Method::Mse) => Choice::Mse(spec.scale_dtype),
+                    (None, ..) => Choice::Rtn(spec.scale_dtype),
+                },
+                block_len,
+                x,
+                codes,
+                scales: &mut scales,
+                zeros: &mut zeros,
+            });
+        }
+        let finite = |block: &usize| scales[*block].is_finite() && biases[*block].is_finite();
+        if let Some(block) = (0..blocks).find(|b| !finite(b)) {
             let extremes = extremes.unwrap_or_else(|| {
                 let end = x.len().min((block + 1) * block_len);
                 let (min, max) = dispatch(RangeWithZero(&x[block * block_len..end]));
@@ -287,20 +403,21 @@ impl Format for Int {
             });
             return Err(self.overflow(spec, extremes));
         }
-        if self.bits == 4 {
-            nibble::pack(Order::LowFirst, &unpacked, parts[0]);
+        if self.bits < 8 {
+            bits::pack(self.bits, &unpacked, parts[0]);
         }
         if extremes.is_some() {
             return Ok(());
         }
         narrow(spec.scale_dtype, &scales, parts[1])?;
-        if let Some(out) = parts.get_mut(2) {
-            match self.bits {
-                4 => nibble::pack(Order::LowFirst, &zeros, out),
-                _ => out.copy_from_slice(&zeros),
+        match (spec.symmetric, spec.zero) {
+            (true, _) => Ok(()),
+            (false, Zero::Integer) => {
+                bits::pack(self.bits, &zeros, parts[2]);
+                Ok(())
             }
+            (false, Zero::Float) => narrow(spec.scale_dtype, &biases, parts[2]),
         }
-        Ok(())
     }
 
     fn finish(
@@ -309,6 +426,12 @@ impl Format for Int {
         extremes: Option<Extremes>,
         mut working: Vec<(&'static str, Tensor)>,
     ) -> Result<Vec<(&'static str, Tensor)>> {
+        if let (true, Granularity::Block(block)) = (spec.act_order, spec.granularity) {
+            // Without activations their order is the one in which they stand.
+            let (_, index) = &mut working[if spec.symmetric { 2 } else { 3 }];
+            let groups: Vec<i32> = (0..index.len()).map(|c| (c / block) as i32).collect();
+            *index = Tensor::from_slice(DType::I32, index.shape(), &groups)?;
+        }
         let Some(extremes) = extremes else {
             return Ok(working);
         };
@@ -325,108 +448,26 @@ impl Format for Int {
         Ok(working)
     }
 
+    fn check_parts(&self, q: &Quantized) -> Result<()> {
+        if !q.spec.act_order {
+            return Ok(());
+        }
+        let block = q.spec.block_len(&q.shape).max(1);
+        let index = q.part("group_index")?;
+        let groups = index.len() / block;
+        let bytes = index.bytes().as_chunks::<4>().0;
+        match bytes
+            .iter()
+            .position(|b| u32::from_le_bytes(*b) as usize >= groups)
+        {
+            None => Ok(()),
+            Some(at) => Err(Error::InvalidDump {
+                message: format!("group_index[{at}] is none of {groups} groups"),
+            }),
+        }
+    }
+
     fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>> {
-        let zeros = if q.spec.symmetric {
-            None
-        } else {
-            Some(q.part("zero_points")?.bytes())
-        };
-        Ok(Box::new(Decoder {
-            packed: self.bits == 4,
-            signed: self.bits == 8 && q.spec.symmetric,
-            offset: self.grid(q.spec.symmetric).offset,
-            block_len: match q.spec.granularity {
-                Granularity::Tensor => usize::MAX,
-                _ => q.spec.block_len(&q.shape).max(1),
-            },
-            factor: match q.spec.scale {
-                Scale::Absmax => ONE_127TH,
-                _ => 1.0,
-            },
-            codes: q.part("codes")?.bytes(),
-            scales: q.part("scales")?,
-            zeros,
-        }))
-    }
-}
-
-struct Decoder<'a> {
-    packed: bool,
-    signed: bool,
-    offset: i32,
-    block_len: usize,
-    factor: f32,
-    codes: &'a [u8],
-    scales: &'a Tensor,
-    zeros: Option<&'a [u8]>,
-}
-
-impl Decoder<'_> {
-    fn zero(&self, block: usize) -> i32 {
-        match self.zeros {
-            None => self.offset,
-            Some(zeros) if self.packed => i32::from(nibble::get(Order::LowFirst, zeros, block)),
-            Some(zeros) => i32::from(zeros[block]),
-        }
-    }
-}
-
-impl Decode for Decoder<'_> {
-    fn decode(&self, start: usize, out: &mut [f32]) {
-        if out.is_empty() {
-            return;
-        }
-        let first = start / self.block_len;
-        let last = (start + out.len() - 1) / self.block_len;
-        let mut scratch = Vec::new();
-        let scales = self.scales.f32_chunk(first..last + 1, &mut scratch);
-        dispatch(DecodeBlocks {
-            decoder: self,
-            scales,
-            first,
-            start,
-            out,
-        });
-    }
-}
-
-struct DecodeBlocks<'a, 'b> {
-    decoder: &'a Decoder<'b>,
-    scales: &'a [f32],
-    first: usize,
-    start: usize,
-    out: &'a mut [f32],
-}
-
-impl Op for DecodeBlocks<'_, '_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let d = self.decoder;
-        let end = self.start + self.out.len();
-        let mut at = self.start;
-        let mut out = self.out;
-        let mut unpacked = [0u8; 256];
-        while at < end {
-            let block = at / d.block_len;
-            let block_end = (block + 1).saturating_mul(d.block_len).min(end);
-            let n = if d.packed {
-                (block_end - at).min(unpacked.len())
-            } else {
-                block_end - at
-            };
-            let (run, rest) = out.split_at_mut(n);
-            let codes = if d.packed {
-                nibble::unpack(Order::LowFirst, d.codes, at, &mut unpacked[..n]);
-                &unpacked[..n]
-            } else {
-                &d.codes[at..at + n]
-            };
-            let scale = self.scales[block - self.first];
-            decode_run(isa, codes, d.signed, d.zero(block), (scale, d.factor), run);
-            out = rest;
-            at += n;
-        }
+        Ok(Box::new(decode::Decoder::new(self, q)?))
     }
 }

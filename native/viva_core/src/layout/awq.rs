@@ -49,6 +49,13 @@ impl Layout for Awq {
         if spec.format != "int4" {
             return Err(refuse(self, spec, "it holds int4"));
         }
+        if spec.zero == Zero::Float || spec.act_order {
+            return Err(refuse(
+                self,
+                spec,
+                "its zero points are integers and its groups in order; leave out zero_point, act_order and method hqq",
+            ));
+        }
         if spec.granularity == Granularity::Tensor || spec.scale_dtype != DType::F16 {
             return Err(refuse(
                 self,

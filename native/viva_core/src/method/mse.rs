@@ -24,6 +24,24 @@ fn vectors<I: Isa>(isa: I, x: &[f32], mut step: impl FnMut(I::F)) {
     }
 }
 
+/// The same where zeros would count: `step` also gets ones in the lanes that hold
+/// elements and zeros in the others.
+#[inline(always)]
+pub(crate) fn lanes<I: Isa>(isa: I, x: &[f32], mut step: impl FnMut(I::F, I::F)) {
+    let one = isa.splat(1.0);
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        step(isa.load(chunk), one);
+    }
+    if !tail.is_empty() {
+        let ones = [1.0; LANES];
+        step(
+            isa.load_part(tail, 0.0),
+            isa.load_part(&ones[..tail.len()], 0.0),
+        );
+    }
+}
+
 /// Σ(x − value)², where `value` is what x becomes; zero becomes zero.
 #[inline(always)]
 pub fn squared_error<I: Isa>(isa: I, x: &[f32], value: impl Fn(I::F) -> I::F) -> f32 {

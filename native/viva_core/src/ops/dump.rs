@@ -37,6 +37,7 @@ fn stored_dtype(dtype: DType) -> Result<safetensors::Dtype> {
         DType::F8E4M3 => safetensors::Dtype::F8_E4M3,
         DType::F8E5M2 => safetensors::Dtype::F8_E5M2,
         DType::F8E8M0 => safetensors::Dtype::F8_E8M0,
+        DType::I32 => safetensors::Dtype::I32,
         DType::I8 => safetensors::Dtype::I8,
         DType::U8 => safetensors::Dtype::U8,
         other => return Err(invalid(format!("no part has dtype {}", other.name()))),

@@ -41,7 +41,7 @@ pub fn round_scale(dtype: DType, scale: f32) -> f32 {
 
 /// Clamps, then rounds to the nearest integer, ties to even.
 #[inline(always)]
-fn round_clamped<I: Isa>(isa: I, v: I::F, lo: f32, hi: f32) -> I::F {
+pub(crate) fn round_clamped<I: Isa>(isa: I, v: I::F, lo: f32, hi: f32) -> I::F {
     let v = isa.min(isa.max(v, isa.splat(lo)), isa.splat(hi));
     isa.sub(isa.add(v, isa.splat(ROUND)), isa.splat(ROUND))
 }

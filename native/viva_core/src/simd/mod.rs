@@ -6,6 +6,8 @@
 //! compiled copy once per call. A token such as [`Avx2`] can only be built where
 //! the CPU has the instructions, which is the whole safety argument.
 
+pub mod affine;
+pub mod bits;
 pub mod codebook;
 pub mod dot;
 pub mod int;

@@ -4,6 +4,8 @@
 // Each test file is a crate of its own and uses a part of this.
 #![allow(dead_code)]
 
+pub mod golden;
+
 use std::hash::{DefaultHasher, Hasher};
 use std::process::Command;
 use std::sync::Arc;
@@ -83,6 +85,7 @@ pub fn every_spec() -> Vec<Spec> {
     let tensor = || ("block_size", name("tensor"));
     let row = || ("block_size", name("row"));
     let scale_dtype = |v| ("scale_dtype", name(v));
+    let float = || ("zero_point", name("float"));
     vec![
         make("int8", &[]),
         make("int8", &[scale_dtype("f16")]),
@@ -99,6 +102,20 @@ pub fn every_spec() -> Vec<Spec> {
         make("int4", &[tensor(), scale_dtype("f32")]),
         make("int4", &[block(16), symmetric(true)]),
         make("int4", &[block(32), symmetric(true), mse()]),
+        make("int6", &[block(32), scale_dtype("bf16")]),
+        make("int5", &[block(16), symmetric(true)]),
+        make("int3", &[block(32)]),
+        make("int3", &[row(), symmetric(true), mse()]),
+        make("int2", &[block(32), ("act_order", yes(true))]),
+        make("int2", &[tensor(), symmetric(true)]),
+        make("int8", &[block(32), float(), ("act_order", yes(true))]),
+        make("int4", &[block(32), float()]),
+        make("int3", &[block(16), float(), mse(), scale_dtype("bf16")]),
+        make("int4", &[block(32), ("method", name("hqq"))]),
+        make(
+            "int2",
+            &[row(), ("method", name("hqq")), scale_dtype("f32")],
+        ),
         make("nf4", &[]),
         make("nf4", &[mse()]),
         make("nf4", &[block(32), ("double_quant", yes(true))]),

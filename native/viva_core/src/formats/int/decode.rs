@@ -1,0 +1,183 @@
+//! Reading integer codes back.
+
+use super::Int;
+use crate::error::Result;
+use crate::format::{Decode, Granularity, Quantized, Scale, Zero};
+use crate::simd::affine::{self, Line};
+use crate::simd::bits;
+use crate::simd::int::decode_run;
+use crate::simd::{Isa, Op, dispatch};
+use crate::tensor::Tensor;
+
+/// 1/127 as LLM.int8() multiplies with it.
+const ONE_127TH: f32 = f32::from_bits(0x3c01_0204);
+
+pub(super) struct Decoder<'a> {
+    bits: usize,
+    signed: bool,
+    offset: i32,
+    block_len: usize,
+    factor: f32,
+    codes: &'a [u8],
+    scales: &'a Tensor,
+    zeros: Option<&'a [u8]>,
+    biases: Option<&'a Tensor>,
+    /// The block of each element of a row, counted from the row's first.
+    order: Option<Vec<usize>>,
+}
+
+impl<'a> Decoder<'a> {
+    pub fn new(int: &Int, q: &'a Quantized) -> Result<Decoder<'a>> {
+        let part_if = |wanted: bool, name| match wanted {
+            true => q.part(name).map(Some),
+            false => Ok(None),
+        };
+        let float = q.spec.zero == Zero::Float;
+        let zeros = part_if(!q.spec.symmetric && !float, "zero_points")?;
+        let order = part_if(q.spec.act_order, "group_index")?;
+        Ok(Decoder {
+            bits: int.bits,
+            signed: int.bits == 8 && q.spec.symmetric,
+            offset: int.grid(q.spec.symmetric).offset,
+            block_len: match q.spec.granularity {
+                Granularity::Tensor => usize::MAX,
+                _ => q.spec.block_len(&q.shape).max(1),
+            },
+            factor: match q.spec.scale {
+                Scale::Absmax => ONE_127TH,
+                _ => 1.0,
+            },
+            codes: q.part("codes")?.bytes(),
+            scales: q.part("scales")?,
+            zeros: zeros.map(Tensor::bytes),
+            biases: part_if(float, "biases")?,
+            order: order.map(|index| {
+                let bytes = index.bytes().as_chunks::<4>().0;
+                let group = |b: &[u8; 4]| u32::from_le_bytes(*b) as usize;
+                bytes.iter().map(group).collect()
+            }),
+        })
+    }
+
+    fn zero(&self, block: usize) -> i32 {
+        match self.zeros {
+            None => self.offset,
+            Some(zeros) => i32::from(bits::get(self.bits, zeros, block)),
+        }
+    }
+
+    /// The scalar definition: the value of a code of `block`.
+    #[inline(always)]
+    fn value(&self, code: u8, block: usize, (scale, bias): (f32, Option<&f32>)) -> f32 {
+        if let Some(bias) = bias {
+            return f32::from(code) * scale + bias;
+        }
+        let code = match self.signed {
+            true => i32::from(code as i8),
+            false => i32::from(code) - self.zero(block),
+        };
+        code as f32 * scale * self.factor
+    }
+
+    /// The blocks from which elements `start .. end` come.
+    fn blocks(&self, start: usize, end: usize) -> std::ops::Range<usize> {
+        match &self.order {
+            None => start / self.block_len..(end - 1) / self.block_len + 1,
+            Some(index) => {
+                let groups = index.len() / self.block_len;
+                start / index.len() * groups..((end - 1) / index.len() + 1) * groups
+            }
+        }
+    }
+}
+
+impl Decode for Decoder<'_> {
+    fn decode(&self, start: usize, out: &mut [f32]) {
+        if out.is_empty() {
+            return;
+        }
+        let blocks = self.blocks(start, start + out.len());
+        let (mut for_scales, mut for_biases) = (Vec::new(), Vec::new());
+        dispatch(DecodeBlocks {
+            decoder: self,
+            scales: self.scales.f32_chunk(blocks.clone(), &mut for_scales),
+            biases: match self.biases {
+                Some(biases) => biases.f32_chunk(blocks.clone(), &mut for_biases),
+                None => &[],
+            },
+            first: blocks.start,
+            start,
+            out,
+        });
+    }
+}
+
+struct DecodeBlocks<'a, 'b> {
+    decoder: &'a Decoder<'b>,
+    scales: &'a [f32],
+    biases: &'a [f32],
+    first: usize,
+    start: usize,
+    out: &'a mut [f32],
+}
+
+impl Op for DecodeBlocks<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let d = self.decoder;
+        let end = self.start + self.out.len();
+        let mut at = self.start;
+        let mut out = self.out;
+        let mut unpacked = [0u8; 256];
+        while at < end {
+            let block = at / d.block_len;
+            let run_end = match d.order {
+                None => (block + 1).saturating_mul(d.block_len).min(end),
+                Some(_) => end,
+            };
+            let n = if d.bits < 8 || d.order.is_some() {
+                (run_end - at).min(unpacked.len())
+            } else {
+                run_end - at
+            };
+            let (run, rest) = out.split_at_mut(n);
+            let codes = if d.bits < 8 {
+                bits::unpack(d.bits, d.codes, at, &mut unpacked[..n]);
+                &unpacked[..n]
+            } else {
+                &d.codes[at..at + n]
+            };
+            let numbers = |block: usize| {
+                let i = block - self.first;
+                (self.scales[i], self.biases.get(i))
+            };
+            match &d.order {
+                None => match numbers(block) {
+                    (scale, Some(&bias)) => {
+                        affine::decode_run(isa, codes, Line { scale, bias }, run);
+                    }
+                    (scale, None) => {
+                        let by = (scale, d.factor);
+                        decode_run(isa, codes, d.signed, d.zero(block), by, run);
+                    }
+                },
+                Some(index) => {
+                    let groups = index.len() / d.block_len;
+                    let (mut row, mut column) = (at / index.len(), at % index.len());
+                    for (&code, out) in codes.iter().zip(run) {
+                        let block = row * groups + index[column];
+                        *out = d.value(code, block, numbers(block));
+                        column += 1;
+                        if column == index.len() {
+                            (row, column) = (row + 1, 0);
+                        }
+                    }
+                }
+            }
+            out = rest;
+            at += n;
+        }
+    }
+}
