@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use memmap2::MmapMut;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -134,10 +135,21 @@ pub fn live_bytes() -> usize {
     LIVE_BYTES.load(Ordering::Relaxed)
 }
 
+/// From this size on a buffer is pages of its own, which go back to the system
+/// the moment it is dropped; an allocator may keep them for a next time that
+/// never comes, and a job promises a bound.
+const PAGES: usize = 1 << 20;
+
+#[derive(Debug)]
+enum Memory {
+    Words(Vec<u64>),
+    Pages(MmapMut),
+}
+
 /// Zeroed memory, aligned for every dtype and counted while it lives.
 #[derive(Debug)]
 pub struct Buffer {
-    words: Vec<u64>,
+    memory: Memory,
     len: usize,
 }
 
@@ -145,21 +157,29 @@ impl Buffer {
     /// A buffer of `len` zero bytes.
     pub fn zeroed(len: usize) -> Buffer {
         LIVE_BYTES.fetch_add(len, Ordering::Relaxed);
-        Buffer {
-            words: vec![0; len.div_ceil(8)],
-            len,
-        }
+        let pages = (len >= PAGES).then(|| MmapMut::map_anon(len));
+        let memory = match pages {
+            Some(Ok(pages)) => Memory::Pages(pages),
+            _ => Memory::Words(vec![0; len.div_ceil(8)]),
+        };
+        Buffer { memory, len }
     }
 
     /// The bytes, to be filled in.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.words)[..self.len]
+        match &mut self.memory {
+            Memory::Words(words) => &mut bytemuck::cast_slice_mut(words)[..self.len],
+            Memory::Pages(pages) => pages,
+        }
     }
 }
 
 impl AsRef<[u8]> for Buffer {
     fn as_ref(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.words)[..self.len]
+        match &self.memory {
+            Memory::Words(words) => &bytemuck::cast_slice(words)[..self.len],
+            Memory::Pages(pages) => pages,
+        }
     }
 }
 

@@ -102,12 +102,11 @@ pub fn quantize_into(
         source.give_back(name)?;
         let mut output_bytes = 0;
         for (part, bytes) in target.layout.spell(name, &q)? {
-            cancel.check()?;
             output_bytes += bytes.len();
             if late.iter().any(|l| l.name == part) {
                 shard.write_late(&part, &bytes)?;
             } else {
-                shard.write(&part, &bytes)?;
+                write(shard, &part, &bytes, cancel)?;
             }
         }
         Ok(Done {
@@ -124,8 +123,17 @@ pub fn quantize_into(
     done
 }
 
-/// Bytes that are copied between two looks at the cancel flag.
-const COPY: usize = 8 << 20;
+/// Bytes that are written between two looks at the cancel flag.
+const COPY: usize = 1 << 20;
+
+/// Writes one tensor of a shard, piece by piece.
+fn write(shard: &ShardWriter, name: &str, bytes: &[u8], cancel: &Cancel) -> Result<()> {
+    for (i, chunk) in bytes.chunks(COPY).enumerate() {
+        cancel.check()?;
+        shard.write_at(name, i * COPY, chunk)?;
+    }
+    Ok(())
+}
 
 /// Copies one tensor as it is; its mapped pages are given back.
 pub fn keep_into(
@@ -138,13 +146,7 @@ pub fn keep_into(
     let bytes = source.bytes(name)?;
     let elements = source.entry(name)?.shape.iter().product();
     let done = (|| {
-        if bytes.is_empty() {
-            shard.write(name, bytes)?;
-        }
-        for (i, chunk) in bytes.chunks(COPY).enumerate() {
-            cancel.check()?;
-            shard.write_at(name, i * COPY, chunk)?;
-        }
+        write(shard, name, bytes, cancel)?;
         Ok(Done {
             input_bytes: bytes.len(),
             output_bytes: bytes.len(),

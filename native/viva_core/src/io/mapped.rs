@@ -12,6 +12,9 @@ use crate::error::{Error, Result};
 
 static MAPPED_BYTES: AtomicUsize = AtomicUsize::new(0);
 
+/// Bytes that one call gives back.
+const WINDOW: usize = 4 << 20;
+
 /// Bytes of files that are mapped now, resident or not.
 pub fn mapped_bytes() -> usize {
     MAPPED_BYTES.load(Ordering::Relaxed)
@@ -80,14 +83,17 @@ impl Mapped {
         if range.start >= end {
             return;
         }
-        // SAFETY: DONTNEED forgets changes only in private or anonymous
-        // memory; this is a shared mapping of a file that is never written
-        // through it, so every later read finds the same bytes again.
-        let advised = unsafe {
-            map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, end - range.start)
-        };
-        // Advice only: where the kernel refuses, the pages just stay.
-        debug_assert!(advised.is_ok(), "madvise: {advised:?}");
+        // Window by window: other threads wait for a long call to end.
+        for start in (range.start..end).step_by(WINDOW) {
+            let len = WINDOW.min(end - start);
+            // SAFETY: DONTNEED forgets changes only in private or anonymous
+            // memory; this is a shared mapping of a file that is never written
+            // through it, so every later read finds the same bytes again.
+            let advised =
+                unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, len) };
+            // Advice only: where the kernel refuses, the pages just stay.
+            debug_assert!(advised.is_ok(), "madvise: {advised:?}");
+        }
     }
 
     /// Checks that the file is as long as it was when it was mapped. Reading

@@ -28,8 +28,12 @@ impl Cancel {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    /// `Err(Cancelled)` once someone asked. Operations poll it every chunk.
+    /// `Err(Cancelled)` once someone asked. Operations poll it every chunk, and
+    /// it is where they let others run: a kernel that preempts lazily leaves a
+    /// BEAM scheduler that woke up waiting for the next tick, up to 10 ms away,
+    /// unless the running thread enters the kernel by itself.
     pub fn check(&self) -> Result<()> {
+        std::thread::yield_now();
         if self.0.load(Ordering::Relaxed) {
             Err(Error::Cancelled)
         } else {
