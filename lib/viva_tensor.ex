@@ -183,7 +183,7 @@ defmodule VivaTensor do
   The layouts in which checkpoints are written, with a line about each.
 
       iex> Enum.map(VivaTensor.layouts(), & &1.name)
-      [:bitsandbytes, :awq]
+      [:bitsandbytes, :awq, :"compressed-tensors"]
   """
   @spec layouts() :: [%{name: atom, about: String.t()}]
   def layouts, do: Native.layouts()

@@ -14,12 +14,13 @@ defmodule Mix.Tasks.Viva.Quantize do
   ## Flags
 
     * `--to DIR` - where to write; required
-    * `--format F` - `int8`, `int4`, `nf4`, `fp4`; required
+    * `--format F` - `int8`, `int4`, `nf4`, `fp8_e4m3` …, see `VivaTensor.formats/0`;
+      required
     * `--method rtn|mse` - round to nearest, or search the scales of lowest error
     * `--block-size N` - elements that share a scale
     * `--double-quant`, `--no-double-quant` - quantize the scales of nf4 and fp4
-    * `--layout bitsandbytes|awq` - how it is spelled on disk; each format has its
-      usual one
+    * `--layout bitsandbytes|awq|compressed-tensors` - how it is spelled on disk;
+      each format has its usual one
     * `--include RE` - also quantize tensors whose name matches; may be repeated
     * `--exclude RE` - keep tensors whose name matches; may be repeated
     * `--non-finite error|keep` - a weight with NaN or infinities fails the job, or

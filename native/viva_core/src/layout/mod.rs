@@ -3,6 +3,7 @@
 
 mod awq;
 mod bitsandbytes;
+mod compressed_tensors;
 
 use std::borrow::Cow;
 
@@ -112,14 +113,19 @@ pub trait Layout: Send + Sync {
 }
 
 /// Every layout, in the order in which they are shown to users.
-pub static LAYOUTS: &[&dyn Layout] = &[&bitsandbytes::Bitsandbytes, &awq::Awq];
+pub static LAYOUTS: &[&dyn Layout] = &[
+    &bitsandbytes::Bitsandbytes,
+    &awq::Awq,
+    &compressed_tensors::CompressedTensors,
+];
 
-/// The layout of that name.
+/// The layout of that name, which may have underscores as Elixir's atoms do.
 pub fn layout(name: &str) -> Result<&'static dyn Layout> {
+    let spelled = name.replace('_', "-");
     LAYOUTS
         .iter()
         .copied()
-        .find(|l| l.name() == name)
+        .find(|l| l.name() == spelled)
         .ok_or_else(|| Error::UnknownLayout {
             name: name.into(),
             known: names(),

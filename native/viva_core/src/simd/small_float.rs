@@ -41,7 +41,8 @@ impl Op for BlockAbsmax<'_> {
     }
 }
 
-/// Codes of whole blocks, one a byte. A scale of zero makes codes of zero.
+/// Codes of whole blocks, one a byte. A scale of zero makes codes of zero, and
+/// so does a negative zero, as it does in compressed-tensors.
 pub struct Encode<'a> {
     pub float: SmallFloat,
     pub x: &'a [f32],
@@ -66,7 +67,7 @@ impl Op for Encode<'_> {
                 continue;
             }
             for (code, &v) in codes.iter_mut().zip(x) {
-                *code = float.encode(v / scale);
+                *code = float.encode(v / scale + 0.0);
             }
         }
     }
