@@ -9,3 +9,6 @@ pub mod int;
 pub mod mx;
 pub mod nvfp4;
 mod scaled;
+pub mod ggml_blocks;
+pub mod iq4;
+pub mod k_quants;

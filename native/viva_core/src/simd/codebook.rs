@@ -17,8 +17,17 @@ pub struct Codebook {
 }
 
 impl Codebook {
-    /// The codebook of a table of values by code.
+    /// The codebook of a table of values by code; a tie takes the lower value.
     pub fn new(table: &[f32; 16]) -> Codebook {
+        Codebook::with_thresholds(table, |midpoint| midpoint)
+    }
+
+    /// The same, but a tie takes the higher value.
+    pub fn with_ties_up(table: &[f32; 16]) -> Codebook {
+        Codebook::with_thresholds(table, f32::next_down)
+    }
+
+    fn with_thresholds(table: &[f32; 16], threshold_of: impl Fn(f32) -> f32) -> Codebook {
         let mut code_of_rank: [u8; 16] = std::array::from_fn(|i| i as u8);
         // Stable, so that of fp4's two zeros the lower code comes first.
         code_of_rank.sort_by(|&a, &b| {
@@ -32,7 +41,7 @@ impl Codebook {
             // In order, the nodes of one depth lie evenly among the ranks.
             let width = 16 >> depth;
             let above = (node - (1 << depth)) * width + width / 2;
-            *threshold = (sorted[above - 1] + sorted[above]) / 2.0;
+            *threshold = threshold_of((sorted[above - 1] + sorted[above]) / 2.0);
         }
         Codebook {
             sorted,
@@ -41,7 +50,7 @@ impl Codebook {
         }
     }
 
-    /// The code of y: that of the nearest value, a tie taking the lower one.
+    /// The code of y: that of the nearest value.
     /// The scalar definition of [`Encode`].
     pub fn code(&self, y: f32) -> u8 {
         let mut node = 1;
@@ -54,7 +63,7 @@ impl Codebook {
 
 /// The codebook in registers.
 #[derive(Clone, Copy)]
-struct Search<I: Isa> {
+pub struct Search<I: Isa> {
     isa: I,
     root: I::F,
     tree: I::F,
@@ -63,7 +72,7 @@ struct Search<I: Isa> {
 
 impl<I: Isa> Search<I> {
     #[inline(always)]
-    fn new(isa: I, book: &Codebook) -> Search<I> {
+    pub fn new(isa: I, book: &Codebook) -> Search<I> {
         Search {
             isa,
             root: isa.splat(book.tree[1]),
@@ -90,7 +99,7 @@ impl<I: Isa> Search<I> {
 
     /// The nearest value itself.
     #[inline(always)]
-    fn value(self, y: I::F) -> I::F {
+    pub fn value(self, y: I::F) -> I::F {
         self.isa.lookup(self.sorted, self.rank(y))
     }
 
@@ -124,7 +133,7 @@ impl<I: Isa> Search<I> {
     /// Ranks of `x`, from `ratio(x)` = x / absmax. (bitsandbytes clamps the
     /// ratio to ±1 first; every threshold lies inside, so that changes none.)
     #[inline(always)]
-    fn ranks(self, x: &[f32], out: &mut [u8], ratio: impl Fn(I::F) -> I::F) {
+    pub fn ranks(self, x: &[f32], out: &mut [u8], ratio: impl Fn(I::F) -> I::F) {
         let isa = self.isa;
         let (chunks, tail) = x.as_chunks::<LANES>();
         let (outs, out_tail) = out.as_chunks_mut::<LANES>();

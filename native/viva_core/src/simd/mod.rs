@@ -9,6 +9,7 @@
 pub mod affine;
 pub mod bits;
 pub mod codebook;
+pub mod columns;
 pub mod dot;
 pub mod int;
 pub mod nibble;

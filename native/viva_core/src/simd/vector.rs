@@ -28,6 +28,8 @@ pub trait Isa: Copy {
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// a > b ? a : b. Neither is NaN.
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a > b ? yes : no; no where either is NaN.
+    fn choose(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
     /// Rounds to the nearest f16, ties to even, and back.
     fn round_f16(self, v: Self::F) -> Self::F;
     /// Signed integers to floats.
@@ -141,6 +143,10 @@ impl Isa for Portable {
     #[inline(always)]
     fn max(self, a: Self::F, b: Self::F) -> Self::F {
         each(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn choose(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F {
+        std::array::from_fn(|i| if a[i] > b[i] { yes[i] } else { no[i] })
     }
     #[inline(always)]
     fn round_f16(self, v: Self::F) -> Self::F {

@@ -85,6 +85,9 @@ impl Isa for Avx512 {
         fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
         fn min(self, a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
         fn max(self, a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
+        fn choose(self, a: __m512, b: __m512, yes: __m512, no: __m512) -> __m512 {
+            _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), no, yes)
+        }
         fn round_f16(self, v: __m512) -> __m512 {
             _mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
         }
@@ -144,6 +147,18 @@ impl Isa for Avx2 {
         }
         fn max(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
             [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])]
+        }
+        fn choose(
+            self,
+            a: [__m256; 2],
+            b: [__m256; 2],
+            yes: [__m256; 2],
+            no: [__m256; 2]
+        ) -> [__m256; 2] {
+            [0, 1].map(|i| {
+                let above = _mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i]);
+                _mm256_blendv_ps(no[i], yes[i], above)
+            })
         }
         fn round_f16(self, v: [__m256; 2]) -> [__m256; 2] {
             v.map(|v| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)))

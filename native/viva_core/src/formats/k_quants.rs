@@ -1,0 +1,585 @@
+//! ggml's K formats: blocks of 256 whose sub-blocks have integer scales of
+//! their own.
+//!
+//! | format | sub-blocks | code | value |
+//! |---|---|---|---|
+//! | q6_k | 16 of 16 | 6 bits | (code − 32) · d · l, l signed 8-bit |
+//! | q5_k, q4_k | 8 of 32 | 5, 4 bits | code · d · l − m · k, 6-bit l and k |
+//! | q3_k | 16 of 16 | 3 bits | (code − 4) · d · (l − 32), 6-bit l |
+//! | q2_k | 16 of 16 | 2 bits | code · d · l − m · k, 4-bit l and k |
+//!
+//! d and m are f16. The sub-blocks' scales are searched one by one (see
+//! `simd::columns`), rounded to integers under the largest, and codes are chosen
+//! anew for what is stored. ggml weights errors, by the element in q2_k, by its
+//! square in q3_k and q6_k, and by the root of the mean square added to the
+//! element in the others; mse weights all alike.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::ggml_blocks::{
+    Block, Halves, blocks_of, decode_lanes, nearest, nearest_codes, type_of, widened,
+};
+use super::ggml_types::GgmlType;
+use crate::simd::columns::{self, Affine, Columns, Found};
+use crate::simd::{Isa, LANES};
+
+/// Two bits of 256 codes, from bit `shift`: of every 128 elements byte i holds
+/// i, i + 32, i + 64 and i + 96.
+#[inline(always)]
+fn pack_quarters(codes: &[u8; 256], shift: u32) -> [u8; 64] {
+    let mut out = [0u8; 64];
+    for (codes, out) in codes
+        .as_chunks::<128>()
+        .0
+        .iter()
+        .zip(out.as_chunks_mut::<32>().0)
+    {
+        for (i, out) in out.iter_mut().enumerate() {
+            let bits = |quarter: usize| (codes[i + 32 * quarter] >> shift & 3) << (2 * quarter);
+            *out = bits(0) | bits(1) | bits(2) | bits(3);
+        }
+    }
+    out
+}
+
+#[inline(always)]
+fn unpack_quarters(packed: &[u8; 64], shift: u32) -> [u8; 256] {
+    let mut codes = [0u8; 256];
+    for (packed, codes) in packed
+        .as_chunks::<32>()
+        .0
+        .iter()
+        .zip(codes.as_chunks_mut::<128>().0)
+    {
+        for (quarter, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            for (code, byte) in codes.iter_mut().zip(packed) {
+                *code = (byte >> (2 * quarter) & 3) << shift;
+            }
+        }
+    }
+    codes
+}
+
+/// One bit of 256 codes: byte i holds that of elements i, i + 32 …
+#[inline(always)]
+fn pack_bits(codes: &[u8; 256], shift: u32) -> [u8; 32] {
+    std::array::from_fn(|i| {
+        let bit = |group: usize| (codes[i + 32 * group] >> shift & 1) << group;
+        (0..8).map(bit).fold(0, |byte, bit| byte | bit)
+    })
+}
+
+#[inline(always)]
+fn add_bits(codes: &mut [u8; 256], packed: &[u8; 32], shift: u32) {
+    for (group, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        for (code, byte) in codes.iter_mut().zip(packed) {
+            *code |= (byte >> group & 1) << shift;
+        }
+    }
+}
+
+/// Four low bits: of every `2 · RUN` elements byte i holds i and i + RUN.
+#[inline(always)]
+fn pack_low<const RUN: usize>(codes: &[u8; 256]) -> [u8; 128] {
+    let mut out = [0u8; 128];
+    for (codes, out) in codes
+        .chunks_exact(2 * RUN)
+        .zip(out.as_chunks_mut::<RUN>().0)
+    {
+        let (low, high) = codes.split_at(RUN);
+        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+            *out = low & 15 | high << 4;
+        }
+    }
+    out
+}
+
+#[inline(always)]
+fn unpack_low<const RUN: usize>(packed: &[u8; 128]) -> [u8; 256] {
+    let mut codes = [0u8; 256];
+    for (packed, codes) in packed
+        .as_chunks::<RUN>()
+        .0
+        .iter()
+        .zip(codes.chunks_exact_mut(2 * RUN))
+    {
+        let (low, high) = codes.split_at_mut(RUN);
+        for ((low, high), byte) in low.iter_mut().zip(high).zip(packed) {
+            *low = byte & 15;
+            *high = byte >> 4;
+        }
+    }
+    codes
+}
+
+/// Codes of 256 elements in sub-blocks of N. `sub(i, x)` gives the codes of
+/// sub-block i, or none where its scale is zero: those of the search stay.
+#[inline(always)]
+fn recoded<const N: usize>(
+    x: &[f32; 256],
+    found: &Found<N>,
+    first_lane: usize,
+    sub: impl Fn(usize, &[f32; N]) -> Option<[u8; N]>,
+) -> [u8; 256] {
+    let mut codes = [0u8; 256];
+    let subs = x
+        .as_chunks::<N>()
+        .0
+        .iter()
+        .zip(codes.as_chunks_mut::<N>().0);
+    for (i, (x, out)) in subs.enumerate() {
+        *out = sub(i, x).unwrap_or_else(|| found.codes(first_lane + i));
+    }
+    codes
+}
+
+/// The value of largest magnitude, the first of several.
+#[inline(always)]
+fn signed_largest(scales: &[f32]) -> f32 {
+    let mut largest = 0f32;
+    for &scale in scales {
+        if scale.abs() > largest.abs() {
+            largest = scale;
+        }
+    }
+    largest
+}
+
+/// (0…top) / largest for positive scales; nothing above zero gives zeros.
+#[inline(always)]
+fn integers<const S: usize>(scales: &[f32], top: f32) -> (f32, [u8; S]) {
+    let largest = scales
+        .iter()
+        .copied()
+        .fold(0.0, |a, v| if v > a { v } else { a });
+    let inverse = if largest > 0.0 { top / largest } else { 0.0 };
+    let integers = std::array::from_fn(|i| (nearest(inverse * scales[i]) as u8).min(top as u8));
+    (largest / top, integers)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Q6K {
+    low: [u8; 128],
+    high: [u8; 64],
+    scales: [u8; 16],
+    d: [u8; 2],
+}
+
+/// ggml tries the largest element at −32 and from −31.1 to −32.9.
+fn q6_numerators() -> impl Iterator<Item = f32> {
+    let steps = (-9..=9).filter(|&i| i != 0);
+    [-32.0]
+        .into_iter()
+        .chain(steps.map(|i| -(32.0 + 0.1 * i as f32)))
+}
+
+impl Q6K {
+    #[inline(always)]
+    fn fill(&mut self, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
+        let largest = signed_largest(&found.scale);
+        if largest.abs() < columns::LEAST {
+            return;
+        }
+        let inverse = -128.0 / largest;
+        self.d = scales.store(1.0 / inverse);
+        let d = widened(self.d);
+        self.scales = found
+            .scale
+            .map(|scale| nearest(inverse * scale).min(127) as u8);
+        let codes = recoded(x, found, 0, |i, x| {
+            let d = d * f32::from(self.scales[i] as i8);
+            (d != 0.0).then(|| x.map(|v| (nearest(v / d).clamp(-32, 31) + 32) as u8))
+        });
+        self.low = pack_low::<64>(&codes);
+        self.high = pack_quarters(&codes, 4);
+    }
+}
+
+impl Block for Q6K {
+    const TYPE: &'static GgmlType = type_of::<Q6K>("q6_k");
+    const ABOUT: &'static str = "ggml: 6-bit integers, 6.56 bits a weight";
+
+    #[inline(always)]
+    fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q6K], scales: &mut Halves) {
+        for (x, block) in blocks_of(x, out) {
+            let columns = Columns::of(x);
+            let weights = columns.map(|v| v * v);
+            let found = columns::symmetric(isa, &columns, &weights, 32.0, q6_numerators());
+            block.fill(x, &found, scales);
+        }
+    }
+
+    #[inline(always)]
+    fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q6K], scales: &mut Halves) {
+        for (x, block) in blocks_of(x, out) {
+            let columns = Columns::of(x);
+            let steps = (0..24).map(|i| 33.0 - 0.2 * i as f32);
+            let numerators = steps.flat_map(|n| [-n, n - 1.0]);
+            let found = columns::symmetric(isa, &columns, &columns.map(|_| 1.0), 32.0, numerators);
+            block.fill(x, &found, scales);
+        }
+    }
+
+    #[inline(always)]
+    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
+        let mut codes = unpack_low::<64>(&self.low);
+        for (code, high) in codes.iter_mut().zip(unpack_quarters(&self.high, 4)) {
+            *code |= high;
+        }
+        let (d, offset) = (widened(self.d), isa.splat(32.0));
+        let subs = codes
+            .as_chunks::<LANES>()
+            .0
+            .iter()
+            .zip(out.as_chunks_mut::<LANES>().0);
+        for ((codes, out), l) in subs.zip(self.scales) {
+            let d = isa.splat(d * f32::from(l as i8));
+            decode_lanes(isa, [*codes], out, |code| isa.mul(d, isa.sub(code, offset)));
+        }
+    }
+}
+
+/// 6-bit scales and 6-bit minima of eight sub-blocks in twelve bytes.
+#[inline(always)]
+fn pack_pairs(l: [u8; 8], k: [u8; 8]) -> [u8; 12] {
+    std::array::from_fn(|i| match i {
+        0..4 => l[i] | l[i + 4] >> 4 << 6,
+        4..8 => k[i - 4] | k[i] >> 4 << 6,
+        _ => l[i - 4] & 15 | (k[i - 4] & 15) << 4,
+    })
+}
+
+#[inline(always)]
+fn unpack_pairs(packed: &[u8; 12]) -> [(u8, u8); 8] {
+    std::array::from_fn(|i| match i {
+        0..4 => (packed[i] & 63, packed[i + 4] & 63),
+        _ => (
+            packed[i + 4] & 15 | packed[i - 4] >> 6 << 4,
+            packed[i + 4] >> 4 | packed[i] >> 6 << 4,
+        ),
+    })
+}
+
+/// Scales of q4_k and q5_k, as they lie before the codes.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Pairs {
+    d: [u8; 2],
+    m: [u8; 2],
+    packed: [u8; 12],
+}
+
+impl Pairs {
+    /// Stores what was found and gives the codes under it.
+    #[inline(always)]
+    fn fill(
+        &mut self,
+        x: &[f32; 256],
+        found: &Found<32>,
+        first_lane: usize,
+        top: i32,
+        scales: &mut Halves,
+    ) -> [u8; 256] {
+        let lanes = first_lane..first_lane + 8;
+        let minima = found.low.map(|low| -low);
+        let (d, l) = integers(&found.scale[lanes.clone()], 63.0);
+        let (m, k) = integers(&minima[lanes], 63.0);
+        self.d = scales.store(d);
+        self.m = scales.store(m);
+        self.packed = pack_pairs(l, k);
+        let (d, m) = (widened(self.d), widened(self.m));
+        recoded(x, found, first_lane, |i, x| {
+            let d = d * f32::from(l[i]);
+            (d != 0.0).then(|| nearest_codes(x, m * f32::from(k[i]), d, top))
+        })
+    }
+
+    #[inline(always)]
+    fn decode<I: Isa>(&self, isa: I, codes: &[u8; 256], out: &mut [f32]) {
+        let (d, m) = (widened(self.d), widened(self.m));
+        let subs = codes
+            .as_chunks::<32>()
+            .0
+            .iter()
+            .zip(out.as_chunks_mut::<32>().0);
+        for ((codes, out), (l, k)) in subs.zip(unpack_pairs(&self.packed)) {
+            let (d, m) = (isa.splat(d * f32::from(l)), isa.splat(m * f32::from(k)));
+            let (codes, _) = codes.as_chunks::<LANES>();
+            decode_lanes(isa, [codes[0], codes[1]], out, |code| {
+                isa.sub(isa.mul(d, code), m)
+            });
+        }
+    }
+}
+
+/// √mean(x²) + |x|, over each sub-block.
+#[inline(always)]
+fn pair_weights(x: &Columns<32>) -> Columns<32> {
+    x.map_with(x.root_mean_square(), |v, root| root + v.abs())
+}
+
+const fn ggml_search(top: f32, from: f32, tries: u32, absolute: bool) -> Affine {
+    Affine {
+        top,
+        from,
+        step: 0.1,
+        tries,
+        absolute,
+        low_at_most_zero: true,
+    }
+}
+
+const fn mse_search(top: f32) -> Affine {
+    Affine {
+        top,
+        from: -0.15 * top,
+        step: 0.01 * top,
+        tries: 40,
+        absolute: false,
+        low_at_most_zero: true,
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Q5K {
+    scales: Pairs,
+    high: [u8; 32],
+    low: [u8; 128],
+}
+
+impl Q5K {
+    #[inline(always)]
+    fn fill(&mut self, x: &[f32; 256], found: &Found<32>, lane: usize, scales: &mut Halves) {
+        let codes = self.scales.fill(x, found, lane, 31, scales);
+        self.high = pack_bits(&codes, 4);
+        self.low = pack_low::<32>(&codes);
+    }
+}
+
+impl Block for Q5K {
+    const TYPE: &'static GgmlType = type_of::<Q5K>("q5_k");
+    const ABOUT: &'static str = "ggml: 5-bit integers above minima, 5.5 bits a weight";
+
+    #[inline(always)]
+    fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q5K], scales: &mut Halves) {
+        for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
+            let columns = Columns::of(x);
+            let weights = pair_weights(&columns);
+            let found = ggml_search(31.0, -0.5, 15, false).search(isa, &columns, &weights);
+            for (i, (x, block)) in blocks_of(x, out).enumerate() {
+                block.fill(x, &found, 8 * i, scales);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q5K], scales: &mut Halves) {
+        for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
+            let columns = Columns::of(x);
+            let found = mse_search(31.0).search(isa, &columns, &columns.map(|_| 1.0));
+            for (i, (x, block)) in blocks_of(x, out).enumerate() {
+                block.fill(x, &found, 8 * i, scales);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
+        let mut codes = unpack_low::<32>(&self.low);
+        add_bits(&mut codes, &self.high, 4);
+        self.scales.decode(isa, &codes, out);
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Q4K {
+    scales: Pairs,
+    codes: [u8; 128],
+}
+
+impl Block for Q4K {
+    const TYPE: &'static GgmlType = type_of::<Q4K>("q4_k");
+    const ABOUT: &'static str = "ggml: 4-bit integers above minima, 4.5 bits a weight";
+
+    #[inline(always)]
+    fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q4K], scales: &mut Halves) {
+        for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
+            let columns = Columns::of(x);
+            let weights = pair_weights(&columns);
+            let found = ggml_search(15.0, -1.0, 20, false).search(isa, &columns, &weights);
+            for (i, (x, block)) in blocks_of(x, out).enumerate() {
+                let codes = block.scales.fill(x, &found, 8 * i, 15, scales);
+                block.codes = pack_low::<32>(&codes);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q4K], scales: &mut Halves) {
+        for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
+            let columns = Columns::of(x);
+            let found = mse_search(15.0).search(isa, &columns, &columns.map(|_| 1.0));
+            for (i, (x, block)) in blocks_of(x, out).enumerate() {
+                let codes = block.scales.fill(x, &found, 8 * i, 15, scales);
+                block.codes = pack_low::<32>(&codes);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
+        self.scales.decode(isa, &unpack_low::<32>(&self.codes), out);
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Q3K {
+    high: [u8; 32],
+    low: [u8; 64],
+    scales: [u8; 12],
+    d: [u8; 2],
+}
+
+impl Q3K {
+    #[inline(always)]
+    fn fill(&mut self, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
+        let largest = signed_largest(&found.scale);
+        let mut l = [0i32; 16];
+        if largest == 0.0 {
+            // Their bits are zeros, which say −32.
+            l = [-32; 16];
+        } else {
+            let inverse = -32.0 / largest;
+            self.d = scales.store(1.0 / inverse);
+            l = l.map(|_| 0);
+            for (l, scale) in l.iter_mut().zip(found.scale) {
+                *l = i32::from(nearest(inverse * scale) as i8).clamp(-32, 31);
+            }
+        }
+        for (i, l) in l.iter().enumerate() {
+            let l = (l + 32) as u8;
+            self.scales[i % 8] |= (l & 15) << (4 * (i / 8));
+            self.scales[8 + i % 4] |= l >> 4 << (2 * (i / 4));
+        }
+        let d = widened(self.d);
+        let codes = recoded(x, found, 0, |i, x| {
+            let d = d * l[i] as f32;
+            (d != 0.0).then(|| x.map(|v| (nearest(v / d).clamp(-4, 3) + 4) as u8))
+        });
+        self.high = pack_bits(&codes, 2);
+        self.low = pack_quarters(&codes, 0);
+    }
+}
+
+impl Block for Q3K {
+    const TYPE: &'static GgmlType = type_of::<Q3K>("q3_k");
+    const ABOUT: &'static str = "ggml: 3-bit integers, 3.44 bits a weight";
+
+    #[inline(always)]
+    fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q3K], scales: &mut Halves) {
+        for (x, block) in blocks_of(x, out) {
+            let found = columns::descent(isa, &Columns::of(x), 4.0);
+            block.fill(x, &found, scales);
+        }
+    }
+
+    #[inline(always)]
+    fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q3K], scales: &mut Halves) {
+        for (x, block) in blocks_of(x, out) {
+            let columns = Columns::of(x);
+            let steps = (0..24).map(|i| 4.8 - 0.1 * i as f32);
+            let numerators = steps.flat_map(|n| [-n, n - 1.0]);
+            let found = columns::symmetric(isa, &columns, &columns.map(|_| 1.0), 4.0, numerators);
+            block.fill(x, &found, scales);
+        }
+    }
+
+    #[inline(always)]
+    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
+        let mut codes = unpack_quarters(&self.low, 0);
+        add_bits(&mut codes, &self.high, 2);
+        let (d, offset) = (widened(self.d), isa.splat(4.0));
+        let subs = codes
+            .as_chunks::<LANES>()
+            .0
+            .iter()
+            .zip(out.as_chunks_mut::<LANES>().0);
+        for (i, (codes, out)) in subs.enumerate() {
+            let low = self.scales[i % 8] >> (4 * (i / 8)) & 15;
+            let high = self.scales[8 + i % 4] >> (2 * (i / 4)) & 3;
+            let d = isa.splat(d * (i32::from(low | high << 4) - 32) as f32);
+            decode_lanes(isa, [*codes], out, |code| isa.mul(d, isa.sub(code, offset)));
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Q2K {
+    /// l in the low half, k in the high one.
+    scales: [u8; 16],
+    codes: [u8; 64],
+    d: [u8; 2],
+    m: [u8; 2],
+}
+
+impl Q2K {
+    #[inline(always)]
+    fn fill(&mut self, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
+        let (d, l) = integers::<16>(&found.scale, 15.0);
+        let (m, k) = integers::<16>(&found.low.map(|low| -low), 15.0);
+        self.d = scales.store(d);
+        self.m = scales.store(m);
+        self.scales = std::array::from_fn(|i| l[i] | k[i] << 4);
+        let (d, m) = (widened(self.d), widened(self.m));
+        let codes = recoded(x, found, 0, |i, x| {
+            let d = d * f32::from(l[i]);
+            (d != 0.0).then(|| nearest_codes(x, m * f32::from(k[i]), d, 3))
+        });
+        self.codes = pack_quarters(&codes, 0);
+    }
+}
+
+impl Block for Q2K {
+    const TYPE: &'static GgmlType = type_of::<Q2K>("q2_k");
+    const ABOUT: &'static str = "ggml: 2-bit integers above minima, 2.63 bits a weight";
+
+    #[inline(always)]
+    fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q2K], scales: &mut Halves) {
+        for (x, block) in blocks_of(x, out) {
+            let columns = Columns::of(x);
+            let weights = columns.map(f32::abs);
+            let found = ggml_search(3.0, -0.5, 15, true).search(isa, &columns, &weights);
+            block.fill(x, &found, scales);
+        }
+    }
+
+    #[inline(always)]
+    fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q2K], scales: &mut Halves) {
+        for (x, block) in blocks_of(x, out) {
+            let columns = Columns::of(x);
+            let found = mse_search(3.0).search(isa, &columns, &columns.map(|_| 1.0));
+            block.fill(x, &found, scales);
+        }
+    }
+
+    #[inline(always)]
+    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
+        let codes = unpack_quarters(&self.codes, 0);
+        let (d, m) = (widened(self.d), widened(self.m));
+        let subs = codes
+            .as_chunks::<LANES>()
+            .0
+            .iter()
+            .zip(out.as_chunks_mut::<LANES>().0);
+        for ((codes, out), scales) in subs.zip(self.scales) {
+            let d = isa.splat(d * f32::from(scales & 15));
+            let m = isa.splat(m * f32::from(scales >> 4));
+            decode_lanes(isa, [*codes], out, |code| isa.sub(isa.mul(d, code), m));
+        }
+    }
+}
