@@ -44,6 +44,9 @@ defmodule VivaTensor do
       ggml's rule), `:bump` (compressed-tensors') or `:round` (MLX's).
     * `:nvfp4`: 4-bit floats, an E4M3 scale for 16 of them and an f32 scale for the
       tensor.
+    * `:q8_0`, `:q5_1`, `:q5_0`, `:q4_1`, `:q4_0`, `:iq4_nl` (rows of a multiple
+      of 32) and `:q6_k`, `:q5_k`, `:q4_k`, `:q3_k`, `:q2_k`, `:iq4_xs` (of 256):
+      no options but the method. With `:rtn` equal to ggml byte for byte.
 
   All take `method: :rtn` (round to nearest, the default) or `:mse` (scales
   searched for the least squared error); integers also `:hqq` (a float zero point
@@ -173,8 +176,9 @@ defmodule VivaTensor do
   @doc """
   The formats, with a line about each.
 
-      iex> VivaTensor.formats() |> Enum.map(& &1.name) |> Enum.take(2)
-      [:int8, :int6]
+      iex> formats = Enum.map(VivaTensor.formats(), & &1.name)
+      iex> Enum.all?([:int8, :nf4, :fp8_e4m3, :mxfp4, :q4_k], &(&1 in formats))
+      true
   """
   @spec formats() :: [%{name: atom, about: String.t()}]
   def formats, do: Native.formats()

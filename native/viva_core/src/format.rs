@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::formats::ggml_blocks::{self, Blocks};
-use crate::formats::{iq4, k_quants};
+use crate::formats::ggml_blocks::Blocks;
+use crate::formats::{iq4, k_quants, q_blocks};
 use crate::tensor::{DType, Tensor};
 
 /// How codes and scales are chosen.
@@ -428,11 +428,11 @@ pub static FORMATS: &[&dyn Format] = &[
     &formats::mx::MXFP8_E5M2,
     &formats::mx::MXFP4,
     &formats::nvfp4::NVFP4,
-    Blocks::<ggml_blocks::Q8_0>::FORMAT,
-    Blocks::<ggml_blocks::Q5_1>::FORMAT,
-    Blocks::<ggml_blocks::Q5_0>::FORMAT,
-    Blocks::<ggml_blocks::Q4_1>::FORMAT,
-    Blocks::<ggml_blocks::Q4_0>::FORMAT,
+    Blocks::<q_blocks::Q8_0>::FORMAT,
+    Blocks::<q_blocks::Q5_1>::FORMAT,
+    Blocks::<q_blocks::Q5_0>::FORMAT,
+    Blocks::<q_blocks::Q4_1>::FORMAT,
+    Blocks::<q_blocks::Q4_0>::FORMAT,
     Blocks::<k_quants::Q6K>::FORMAT,
     Blocks::<k_quants::Q5K>::FORMAT,
     Blocks::<k_quants::Q4K>::FORMAT,

@@ -4,11 +4,12 @@
 pub mod codebook;
 pub mod dynamic_map;
 pub mod fp8;
+pub mod ggml_blocks;
 pub mod ggml_types;
 pub mod int;
-pub mod mx;
-pub mod nvfp4;
-mod scaled;
-pub mod ggml_blocks;
 pub mod iq4;
 pub mod k_quants;
+pub mod mx;
+pub mod nvfp4;
+pub mod q_blocks;
+mod scaled;

@@ -132,6 +132,10 @@ pub fn every_spec() -> Vec<Spec> {
         make("mxfp4", &[("scale", name("round")), mse()]),
         make("nvfp4", &[]),
         make("nvfp4", &[mse()]),
+        make("q8_0", &[]),
+        make("q4_0", &[mse()]),
+        make("q5_1", &[]),
+        make("iq4_nl", &[]),
     ]
 }
 
