@@ -98,7 +98,7 @@ defmodule VivaTensorTest do
         quantized = VivaTensor.quantize!(tensor, format, method: method)
         assert quantized.options.method == method
         metrics = VivaTensor.metrics!(tensor, quantized)
-        assert metrics.sqnr_db > if(format == :int8, do: 38, else: 15)
+        assert metrics.sqnr_db > 2.5 * metrics.bits_per_weight
         assert metrics.bits_per_weight == quantized.bits_per_weight
 
         assert_in_delta metrics.bound_distance_db,
@@ -117,13 +117,13 @@ defmodule VivaTensorTest do
     end
 
     test "matmul equals the product with the dequantized weights" do
-      x = waves([3, 2, 128])
-      weights = waves([10, 128])
-      xs = x |> Tensor.to_list!() |> Enum.chunk_every(128)
+      x = waves([3, 2, 256])
+      weights = waves([10, 256])
+      xs = x |> Tensor.to_list!() |> Enum.chunk_every(256)
 
       for %{name: format} <- VivaTensor.formats() do
         quantized = VivaTensor.quantize!(weights, format)
-        ws = quantized |> VivaTensor.dequantize!() |> Tensor.to_list!() |> Enum.chunk_every(128)
+        ws = quantized |> VivaTensor.dequantize!() |> Tensor.to_list!() |> Enum.chunk_every(256)
         product = VivaTensor.matmul!(x, quantized)
         assert product.shape == [3, 2, 10]
 
