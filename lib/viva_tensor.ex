@@ -37,6 +37,8 @@ defmodule VivaTensor do
       `act_order:` (`false`) for groups in GPTQ's order.
     * `:nf4`, `:fp4`: `block_size:` a power of two (64); `double_quant:`
       (`false`). Equal to bitsandbytes byte for byte.
+    * `:dynamic8`: 8-bit floats of bitsandbytes' `quantize_blockwise`, byte for
+      byte; `block_size:` a power of two (256).
     * `:fp8_e4m3`, `:fp8_e5m2`: 8-bit floats; `block_size:` `:row` (default),
       `:tensor`, or a number that divides the rows; `scale_dtype:` as for `:int8`.
     * `:mxfp8`, `:mxfp8_e5m2`, `:mxfp4`: floats of the OCP's MX formats, a power of
@@ -103,11 +105,19 @@ defmodule VivaTensor do
   @spec dequantize!(Quantized.t(), dtype: Tensor.dtype()) :: Tensor.t()
   def dequantize!(quantized, options \\ []), do: Error.bang!(dequantize(quantized, options))
 
+  @type matmul_options :: [dtype: Tensor.dtype(), compute: :f32 | :llm_int8]
+
   @doc """
   x · wᵀ for x `[…, k]` and a quantized w `[n, k]`, straight from the codes, in
   f32 arithmetic; the result is `[…, n]`.
 
-  Options: `dtype:` of the result, by default that of `x`.
+  Options:
+
+    * `dtype:` of the result, by default that of `x`.
+    * `compute:` `:f32` (default), or `:llm_int8` for symmetric `:int8` with one
+      scale a row: rows of x in 8 bits too, except for the columns in which any
+      element reaches 6, and integer sums; the arithmetic of LLM.int8() in
+      bitsandbytes.
 
       iex> x = VivaTensor.Tensor.from_list!([1, 0, 0, 2], :f32, [2, 2])
       iex> w = VivaTensor.Tensor.from_list!([1, -1, 0, 1, 1, 1], :f32, [3, 2])
@@ -122,16 +132,16 @@ defmodule VivaTensor do
 
   `:shape_mismatch`, `:unsupported_dtype`.
   """
-  @spec matmul(Tensor.t(), Quantized.t(), dtype: Tensor.dtype()) ::
+  @spec matmul(Tensor.t(), Quantized.t(), matmul_options) ::
           {:ok, Tensor.t()} | {:error, Error.t()}
   def matmul(%Tensor{ref: x, dtype: dtype}, %Quantized{ref: q}, options \\ []) do
-    with {:ok, [dtype]} <- take(:matmul, options, dtype: dtype) do
-      x |> Native.matmul(q, dtype) |> Tensor.wrap(:matmul)
+    with {:ok, [dtype, compute]} <- take(:matmul, options, dtype: dtype, compute: :f32) do
+      x |> Native.matmul(q, dtype, compute) |> Tensor.wrap(:matmul)
     end
   end
 
   @doc "Like `matmul/3`, but raises `VivaTensor.Error`."
-  @spec matmul!(Tensor.t(), Quantized.t(), dtype: Tensor.dtype()) :: Tensor.t()
+  @spec matmul!(Tensor.t(), Quantized.t(), matmul_options) :: Tensor.t()
   def matmul!(x, quantized, options \\ []), do: Error.bang!(matmul(x, quantized, options))
 
   @typedoc """
@@ -186,8 +196,8 @@ defmodule VivaTensor do
   @doc """
   The layouts in which checkpoints are written, with a line about each.
 
-      iex> Enum.map(VivaTensor.layouts(), & &1.name)
-      [:bitsandbytes, :awq, :"compressed-tensors"]
+      iex> VivaTensor.layouts() |> Enum.map(& &1.name) |> Enum.take(2)
+      [:bitsandbytes, :awq]
   """
   @spec layouts() :: [%{name: atom, about: String.t()}]
   def layouts, do: Native.layouts()

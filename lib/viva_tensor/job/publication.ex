@@ -63,12 +63,14 @@ defmodule VivaTensor.Job.Publication do
 
       Enum.any?(units, &(&1.action == :quantize)) ->
         with {:ok, source} <- config.file |> File.read() |> FileError.wrap(:source, config.file),
-             {:ok, json} <-
+             {:ok, files} <-
                plan.spec
-               |> Native.config_json(source, kept_modules(units))
-               |> Error.wrap(:source),
-             {:ok, _} <- write(output, @config, json),
-             do: :ok
+               |> Native.config_files(source, kept_modules(units))
+               |> Error.wrap(:source) do
+          each(files, fn {name, json} ->
+            with {:ok, _} <- write(output, name, json), do: :ok
+          end)
+        end
 
       true ->
         carry(output, config)

@@ -422,6 +422,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &formats::int::INT2,
     &formats::codebook::NF4,
     &formats::codebook::FP4,
+    &formats::dynamic8::DYNAMIC8,
     &formats::fp8::FP8_E4M3,
     &formats::fp8::FP8_E5M2,
     &formats::mx::MXFP8,

@@ -293,12 +293,12 @@ impl Tensor {
 
     /// The same bytes under another shape of the same size.
     pub fn reshaped(&self, shape: Vec<usize>) -> Result<Tensor> {
-        Tensor::new(
-            self.dtype,
-            shape,
-            Arc::clone(&self.storage),
-            self.range.clone(),
-        )
+        self.viewed(self.dtype, shape)
+    }
+
+    /// The same bytes under another dtype and shape of the same size.
+    pub fn viewed(&self, dtype: DType, shape: Vec<usize>) -> Result<Tensor> {
+        Tensor::new(dtype, shape, Arc::clone(&self.storage), self.range.clone())
     }
 
     /// Elements in place, when their dtype and alignment allow it.

@@ -37,7 +37,7 @@ fn pairs() -> Vec<(Spec, Spec, usize)> {
             }
         }
     }
-    for format in ["nf4", "fp4"] {
+    for format in ["nf4", "fp4", "dynamic8"] {
         add(format, int(2), 2, &[]);
         add(format, int(32), 32, &[]);
         add(format, int(64), 64, &[]);

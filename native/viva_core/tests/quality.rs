@@ -22,6 +22,8 @@ fn rows() -> Vec<Row> {
         ("int8", vec![("block_size", name("tensor"))], 38.0, 8.001),
         ("int8", vec![block(64)], 44.5, 8.25),
         ("int8", vec![block(32), mse()], 46.2, 8.5),
+        ("dynamic8", vec![], 38.0, 8.125),
+        ("dynamic8", vec![mse()], 38.0, 8.125),
         ("nf4", vec![], 20.72, 4.5),
         ("nf4", vec![dq()], 20.72, 4.14),
         ("nf4", vec![dq(), mse()], 21.4, 4.14),

@@ -48,14 +48,24 @@ fn plan_tensor<'a>(
     Ok(terms::map(env, &[("bytes", entries.nbytes()?.encode(env))]))
 }
 
+/// The config of the written directory, and the files that repeat it:
+/// `{name, json}` pairs.
 #[rustler::nif(schedule = "DirtyCpu")]
-fn config_json(target: TargetRef, config: Binary, kept: Vec<String>) -> Outcome<String> {
+fn config_files(
+    target: TargetRef,
+    config: Binary,
+    kept: Vec<String>,
+) -> Outcome<Vec<(&'static str, String)>> {
     let mut value: Value = serde_json::from_slice(&config).map_err(|e| Error::InvalidFile {
         path: "config.json".into(),
         message: e.to_string(),
     })?;
-    target.0.layout.config(&target.0.spec, &mut value, &kept);
-    Ok(format!("{value:#}\n"))
+    let Target { layout, spec } = &target.0;
+    layout.config(spec, &mut value, &kept);
+    let mut files = layout.companions(&value);
+    files.insert(0, ("config.json", value));
+    let text = |(name, value): (_, Value)| (name, format!("{value:#}\n"));
+    Ok(files.into_iter().map(text).collect())
 }
 
 #[rustler::nif(schedule = "DirtyIo")]

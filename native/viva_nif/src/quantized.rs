@@ -38,7 +38,14 @@ fn dequantize_nif<'a>(env: Env<'a>, q: QuantizedRef, dtype: Name) -> Outcome<Ter
 }
 
 #[rustler::nif(name = "matmul", schedule = "DirtyCpu")]
-fn matmul_nif<'a>(env: Env<'a>, x: TensorRef, q: QuantizedRef, dtype: Name) -> Outcome<Term<'a>> {
+fn matmul_nif<'a>(
+    env: Env<'a>,
+    x: TensorRef,
+    q: QuantizedRef,
+    dtype: Name,
+    compute: Name,
+) -> Outcome<Term<'a>> {
+    let multiply = matmul::by_name(&compute.0)?;
     let (x, q) = (x.0.get()?, q.0.get()?);
     let dtype = dtype.dtype()?;
     let shape = matmul::matmul_shape(&x, &q)?;
@@ -47,7 +54,7 @@ fn matmul_nif<'a>(env: Env<'a>, x: TensorRef, q: QuantizedRef, dtype: Name) -> O
         env,
         len,
         |bytes| Tensor::new(dtype, shape, bytes, 0..len),
-        |out| matmul::matmul_into(&x, &q, dtype, out, &Cancel::new()),
+        |out| multiply(&x, &q, dtype, out, &Cancel::new()),
     )?;
     Ok(terms::tensor(env, tensor))
 }

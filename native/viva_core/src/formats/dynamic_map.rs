@@ -1,11 +1,14 @@
-//! Double quantization: scales in 8 bits through the signed dynamic map of
-//! bitsandbytes (Dettmers, "8-Bit Approximations for Parallelism in Deep
+//! The signed dynamic map of bitsandbytes, and double quantization: scales in 8
+//! bits through it (Dettmers, "8-Bit Approximations for Parallelism in Deep
 //! Learning", 2015), bit for bit as its CPU library does it.
 //!
 //! The map's 256 values have an exponent and a fraction that share seven bits,
 //! so that both 1 and 5.5e-7 have a neighbour.
 
 use std::sync::LazyLock;
+
+use crate::simd::dispatch;
+use crate::simd::stats::Absmax;
 
 /// Scales that share one nested absmax.
 pub const BLOCK: usize = 256;
@@ -60,25 +63,35 @@ pub struct Nested {
     pub offset: f32,
 }
 
+/// Codes of one block: the nearest of the values `map[code] · absmax`.
+pub fn encode(x: &[f32], absmax: f32, codes: &mut [u8]) {
+    if absmax == 0.0 {
+        // As bitsandbytes does it: the value is a zero all the same.
+        codes.fill(0);
+        return;
+    }
+    let points = &*CODE_OF_POINT;
+    let inv = 1.0 / absmax;
+    for (code, &v) in codes.iter_mut().zip(x) {
+        let v = (v * inv).clamp(-1.0, 1.0);
+        *code = points[((v + 1.0) * 0.5 * 65535.0 + 0.5) as usize];
+    }
+}
+
 /// Takes the mean off the scales and quantizes the rest.
 pub fn double_quantize(scales: &[f32]) -> Nested {
     let offset = torch_sum(scales) / scales.len().max(1) as f32;
-    let points = &*CODE_OF_POINT;
-    let mut codes = Vec::with_capacity(scales.len());
-    let mut absmax = Vec::with_capacity(scales.len().div_ceil(BLOCK));
-    for block in scales.chunks(BLOCK) {
-        let most = block.iter().fold(0f32, |m, &s| m.max((s - offset).abs()));
-        absmax.push(most);
-        if most == 0.0 {
-            codes.resize(codes.len() + block.len(), 0);
-            continue;
-        }
-        let inv = 1.0 / most;
-        codes.extend(block.iter().map(|&s| {
-            let v = ((s - offset) * inv).clamp(-1.0, 1.0);
-            points[((v + 1.0) * 0.5 * 65535.0 + 0.5) as usize]
-        }));
-    }
+    let mut codes = vec![0u8; scales.len()];
+    let absmax = scales
+        .chunks(BLOCK)
+        .zip(codes.chunks_mut(BLOCK))
+        .map(|(block, codes)| {
+            let rest: Vec<f32> = block.iter().map(|s| s - offset).collect();
+            let absmax = dispatch(Absmax(&rest));
+            encode(&rest, absmax, codes);
+            absmax
+        })
+        .collect();
     Nested {
         codes,
         absmax,

@@ -2,6 +2,7 @@
 //! definition; `simd/` compiles the same arithmetic for wider vectors.
 
 pub mod codebook;
+pub mod dynamic8;
 pub mod dynamic_map;
 pub mod fp8;
 pub mod ggml_blocks;

@@ -8,10 +8,14 @@ use std::borrow::Cow;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use super::{Entries, Found, Layout, Source, Spelled, expect, invalid, module, refuse, set_config};
+use super::{
+    Entries, Found, Layout, Source, Spelled, compute_in_f16, expect, invalid, module, refuse,
+    set_config,
+};
 use crate::error::Result;
 use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Zero};
 use crate::ops::pool;
+use crate::ops::transpose::transpose;
 use crate::simd::nibble::{self, Order};
 use crate::tensor::{Buffer, DType, Tensor};
 
@@ -109,7 +113,7 @@ impl Layout for Awq {
                 nibble::unpack(Order::LowFirst, zeros, row * groups + range.start, into);
             }
         })?;
-        let scales = transpose_u16(q.part("scales")?.bytes(), out, groups);
+        let scales = transpose::<2>(q.part("scales")?.bytes(), out, groups)?;
         Ok(vec![
             (format!("{module}.qweight"), Cow::Owned(qweight)),
             (format!("{module}.qzeros"), Cow::Owned(qzeros)),
@@ -127,14 +131,7 @@ impl Layout for Awq {
         } else {
             json!(kept)
         };
-        if let Value::Object(map) = config {
-            // Its kernels compute in f16, whatever the model was trained in. Told
-            // nothing, loaders take the dtype of the first tensor.
-            map.insert("dtype".into(), json!("float16"));
-            if let Some(dtype) = map.get_mut("torch_dtype") {
-                *dtype = json!("float16");
-            }
-        }
+        compute_in_f16(config);
         set_config(
             config,
             json!({
@@ -205,7 +202,7 @@ impl Layout for Awq {
         };
         let codes = unpack_words(out, columns, qweight.bytes())?;
         let zeros = unpack_words(out, groups, qzeros.bytes())?;
-        let scales = transpose_u16(scales.bytes(), groups, out);
+        let scales = transpose::<2>(scales.bytes(), groups, out)?;
         let bytes = |dtype: DType, bytes: Vec<u8>| {
             let n = bytes.len() / dtype.size();
             Tensor::from_slice(dtype, &[n], &bytes)
@@ -281,42 +278,4 @@ fn unpack_words(out: usize, columns: usize, words: &[u8]) -> Result<Vec<u8>> {
     let mut packed = vec![0u8; (out * columns).div_ceil(2)];
     nibble::pack(Order::LowFirst, codes.as_ref(), &mut packed);
     Ok(packed)
-}
-
-/// Transposes [rows, columns] of two-byte elements.
-fn transpose_u16(bytes: &[u8], rows: usize, columns: usize) -> Vec<u8> {
-    let elements = bytes.as_chunks::<2>().0;
-    let mut out = Vec::with_capacity(bytes.len());
-    for column in 0..columns {
-        for row in 0..rows {
-            out.extend_from_slice(&elements[row * columns + column]);
-        }
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::format::spec;
-
-    #[test]
-    fn the_config_asks_for_f16() {
-        let spec = spec("int4", vec![]).unwrap();
-        for (before, after) in [
-            (json!({}), json!({"dtype": "float16"})),
-            (
-                json!({"torch_dtype": "bfloat16"}),
-                json!({"dtype": "float16", "torch_dtype": "float16"}),
-            ),
-        ] {
-            let mut config = before;
-            Awq.config(&spec, &mut config, &[]);
-            config
-                .as_object_mut()
-                .unwrap()
-                .remove("quantization_config");
-            assert_eq!(config, after);
-        }
-    }
 }

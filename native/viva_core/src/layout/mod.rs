@@ -4,10 +4,12 @@
 mod awq;
 mod bitsandbytes;
 mod compressed_tensors;
+mod gptq;
+mod mlx;
 
 use std::borrow::Cow;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::format::{OptionValue, Quantized, Spec, spec};
@@ -99,6 +101,11 @@ pub trait Layout: Send + Sync {
     /// linear weights that were not quantized.
     fn config(&self, spec: &Spec, config: &mut Value, kept: &[String]);
 
+    /// Other files that say the same, from the config that [`Layout::config`] made.
+    fn companions(&self, _config: &Value) -> Vec<(&'static str, Value)> {
+        Vec::new()
+    }
+
     /// The quantized tensors among these names.
     fn find(&self, names: &dyn Fn(&str) -> bool, all: &[&str]) -> Vec<Found>;
 
@@ -117,6 +124,9 @@ pub static LAYOUTS: &[&dyn Layout] = &[
     &bitsandbytes::Bitsandbytes,
     &awq::Awq,
     &compressed_tensors::CompressedTensors,
+    &gptq::V1,
+    &gptq::V2,
+    &mlx::Mlx,
 ];
 
 /// The layout of that name, which may have underscores as Elixir's atoms do.
@@ -125,7 +135,7 @@ pub fn layout(name: &str) -> Result<&'static dyn Layout> {
     LAYOUTS
         .iter()
         .copied()
-        .find(|l| l.name() == spelled)
+        .find(|l| l.name().replace('_', "-") == spelled)
         .ok_or_else(|| Error::UnknownLayout {
             name: name.into(),
             known: names(),
@@ -159,11 +169,12 @@ pub fn resolve(
         layout.check(&spec)?;
         return Ok((spec, layout));
     }
+    // What no layout can help is the format's to say.
+    spec(format, options.to_vec())?;
     let mut refusal = None;
     for layout in LAYOUTS {
-        let spec = with_defaults(*layout)?;
-        match layout.check(&spec) {
-            Ok(()) => return Ok((spec, *layout)),
+        match with_defaults(*layout).and_then(|spec| layout.check(&spec).map(|()| spec)) {
+            Ok(spec) => return Ok((spec, *layout)),
             Err(e) => refusal = refusal.or(Some(e)),
         }
     }
@@ -223,6 +234,17 @@ fn module(name: &str) -> Result<&str> {
             "only tensors named ….weight have a quantized spelling",
         )
     })
+}
+
+/// For layouts whose kernels compute in f16, whatever the model was trained in.
+/// Told nothing, loaders take the dtype of the first tensor.
+fn compute_in_f16(config: &mut Value) {
+    if let Value::Object(map) = config {
+        map.insert("dtype".into(), json!("float16"));
+        if let Some(dtype) = map.get_mut("torch_dtype") {
+            *dtype = json!("float16");
+        }
+    }
 }
 
 /// Puts `value` under `quantization_config`.

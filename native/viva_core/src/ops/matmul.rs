@@ -9,6 +9,22 @@ use crate::simd::dispatch;
 use crate::simd::dot::{DotRows, ROWS};
 use crate::tensor::{DType, Tensor, element_count, narrow};
 
+/// A way to compute `x · qᵀ` into a buffer.
+pub type Matmul = fn(&Tensor, &Quantized, DType, &mut [u8], &Cancel) -> Result<()>;
+
+/// The way of that name: `f32` is [`matmul_into`], `llm_int8` that of
+/// [`super::llm_int8`].
+pub fn by_name(compute: &str) -> Result<Matmul> {
+    match compute {
+        "f32" => Ok(matmul_into),
+        "llm_int8" => Ok(super::llm_int8::matmul_into),
+        other => Err(Error::option(
+            "compute",
+            format!("expected f32 or llm_int8, got {other}"),
+        )),
+    }
+}
+
 /// The shape of `x · qᵀ`: that of x with its last dimension replaced by the
 /// rows of q.
 ///
@@ -53,25 +69,9 @@ pub fn matmul_into(
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
-    let shape = matmul_shape(x, q)?;
-    for (op, dtype) in [("matmul", x.dtype()), ("a matmul's result", dtype)] {
-        if !dtype.is_float() {
-            return Err(Error::UnsupportedDtype {
-                op: op.into(),
-                dtype: dtype.name().into(),
-            });
-        }
-    }
-    let expected = element_count(&shape)? * dtype.size();
-    if out.len() != expected {
-        return Err(Error::SizeMismatch {
-            what: "bytes of the product".into(),
-            expected,
-            actual: out.len(),
-        });
-    }
+    check(x, q, dtype, out)?;
     let (n, k) = (q.shape[0], q.shape[1]);
-    if expected == 0 {
+    if out.is_empty() {
         return Ok(());
     }
     if k == 0 {
@@ -96,15 +96,48 @@ pub fn matmul_into(
                 dispatch(DotRows { k, x, w: tile, out });
                 Ok(())
             })?;
-        if m == 1 {
-            return narrow(dtype, &columns, out);
-        }
-        out.par_chunks_mut(n * dtype.size())
-            .enumerate()
-            .try_for_each_init(Vec::new, |row, (i, out)| {
-                row.clear();
-                row.extend((0..n).map(|j| columns[j * m + i]));
-                narrow(dtype, row, out)
-            })
+        write_rows(&columns, n, m, dtype, out)
     })
+}
+
+/// Whether a product of these can be written into `out`.
+pub(super) fn check(x: &Tensor, q: &Quantized, dtype: DType, out: &[u8]) -> Result<()> {
+    let shape = matmul_shape(x, q)?;
+    for (op, dtype) in [("matmul", x.dtype()), ("a matmul's result", dtype)] {
+        if !dtype.is_float() {
+            return Err(Error::UnsupportedDtype {
+                op: op.into(),
+                dtype: dtype.name().into(),
+            });
+        }
+    }
+    let expected = element_count(&shape)? * dtype.size();
+    if out.len() != expected {
+        return Err(Error::SizeMismatch {
+            what: "bytes of the product".into(),
+            expected,
+            actual: out.len(),
+        });
+    }
+    Ok(())
+}
+
+/// Writes n columns of m sums each as m rows of `dtype`.
+pub(super) fn write_rows(
+    columns: &[f32],
+    n: usize,
+    m: usize,
+    dtype: DType,
+    out: &mut [u8],
+) -> Result<()> {
+    if m == 1 {
+        return narrow(dtype, columns, out);
+    }
+    out.par_chunks_mut(n * dtype.size())
+        .enumerate()
+        .try_for_each_init(Vec::new, |row, (i, out)| {
+            row.clear();
+            row.extend((0..n).map(|j| columns[j * m + i]));
+            narrow(dtype, row, out)
+        })
 }

@@ -4,10 +4,12 @@
 pub mod cast;
 pub mod dequantize;
 pub mod dump;
+pub mod llm_int8;
 pub mod matmul;
 pub mod metrics;
 pub mod pool;
 pub mod quantize;
+pub mod transpose;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

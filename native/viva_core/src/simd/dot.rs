@@ -39,6 +39,28 @@ impl Op for DotRows<'_> {
     }
 }
 
+/// out[i] = x row i · w, of 8-bit integers: exact, for rows of up to 2¹⁷.
+pub struct DotInts<'a> {
+    pub x: &'a [i8],
+    pub w: &'a [i8],
+    pub out: &'a mut [i32],
+}
+
+impl Op for DotInts<'_> {
+    type Output = ();
+
+    // Products of sign-extended bytes: the compiler's own vectors do.
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) {
+        for (x, out) in self.x.chunks_exact(self.w.len()).zip(self.out) {
+            let products = x.iter().zip(self.w);
+            *out = products.fold(0, |sum: i32, (&x, &w)| {
+                sum.wrapping_add(i32::from(i16::from(x) * i16::from(w)))
+            });
+        }
+    }
+}
+
 /// One row of x against R rows of w, element i in lane i mod 16.
 #[inline(always)]
 fn dot_rows<I: Isa, const R: usize>(isa: I, x: &[f32], w: [&[f32]; R]) -> [f32; R] {

@@ -68,6 +68,18 @@ impl Op for IsFinite<'_> {
     }
 }
 
+/// The largest magnitude of a slice of finite values.
+pub struct Absmax<'a>(pub &'a [f32]);
+
+impl Op for Absmax<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> f32 {
+        absmax(isa, self.0)
+    }
+}
+
 /// Least and greatest of a slice of finite values, and zero.
 pub struct RangeWithZero<'a>(pub &'a [f32]);
 

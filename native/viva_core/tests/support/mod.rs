@@ -116,6 +116,7 @@ pub fn every_spec() -> Vec<Spec> {
             "int2",
             &[row(), ("method", name("hqq")), scale_dtype("f32")],
         ),
+        make("dynamic8", &[block(64)]),
         make("nf4", &[]),
         make("nf4", &[mse()]),
         make("nf4", &[block(32), ("double_quant", yes(true))]),
