@@ -22,6 +22,7 @@ import transformers
 
 import against_awq
 import against_bitsandbytes
+import against_compressed_tensors
 from directory import Directory, Findings
 from perplexity import Perplexity
 
@@ -32,6 +33,20 @@ FORMATS = [
     ("nf4 double", ["--format", "nf4", "--double-quant"], against_bitsandbytes),
     ("fp4", ["--format", "fp4"], against_bitsandbytes),
     ("int4", ["--format", "int4"], against_awq),
+    *(
+        (label, [*flags, "--layout", "compressed-tensors"], against_compressed_tensors)
+        for label, flags in [
+            ("fp8", ["--format", "fp8_e4m3"]),
+            ("w8a8", ["--format", "int8"]),
+            ("w8a16", ["--format", "int8", "--block-size", "32"]),
+            ("w4a16", ["--format", "int4", "--block-size", "32"]),
+            ("w3a16", ["--format", "int3", "--block-size", "32"]),
+            ("mxfp8", ["--format", "mxfp8"]),
+            ("mxfp4", ["--format", "mxfp4"]),
+            ("nvfp4", ["--format", "nvfp4"]),
+            ("nvfp4 mse", ["--format", "nvfp4", "--method", "mse"]),
+        ]
+    ),
 ]
 SHOWN_PROBLEMS = 5
 
@@ -119,7 +134,8 @@ def main():
     logging.disable(logging.WARNING)
     models = [(model.resolve().name, model.resolve()) for model in given.models] or bundled_models()
     say(
-        f"bitsandbytes {against_bitsandbytes.VERSION}, transformers {transformers.__version__}, "
+        f"bitsandbytes {against_bitsandbytes.VERSION}, "
+        f"compressed-tensors {against_compressed_tensors.VERSION}, transformers {transformers.__version__}, "
         f"torch {torch.__version__} on {torch.backends.cpu.get_cpu_capability()}, "
         f"gptqmodel {against_awq.version()}"
     )

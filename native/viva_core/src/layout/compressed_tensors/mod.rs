@@ -128,9 +128,18 @@ impl Layout for CompressedTensors {
         "fp8, MX, NVFP4 and integers, as vLLM and transformers load them"
     }
 
+    /// Scales in 16 bits, since transformers rounds them to the model's dtype
+    /// when it loads them; and packed integers without zero points, which it
+    /// cannot load (compressed-tensors 0.20 gives their parameter a shape that
+    /// is not packed).
     fn defaults(&self, format: &str) -> Vec<(String, OptionValue)> {
+        let scale_dtype = ("scale_dtype".into(), OptionValue::Name("bf16".into()));
         match format {
             "mxfp4" | "mxfp8" => vec![("scale".into(), OptionValue::Name("bump".into()))],
+            "fp8_e4m3" => vec![scale_dtype],
+            _ if width(format).is_some() => {
+                vec![scale_dtype, ("symmetric".into(), OptionValue::Bool(true))]
+            }
             _ => Vec::new(),
         }
     }
