@@ -13,13 +13,15 @@ checkpoint = Checkpoint.open!(dir)
 
 quantized =
   for %{layout: layout, name: name} when layout != nil <- Checkpoint.contents!(checkpoint),
-      do: name
+      do: {name, layout}
 
 index =
-  for {name, i} <- Enum.with_index(quantized) do
+  for {{name, layout}, i} <- Enum.with_index(quantized) do
     %Quantized{} = q = Checkpoint.get!(checkpoint, name)
     # An LLM.int8() file keeps no dtype, and bitsandbytes dequantizes it to f32.
-    dtype = if q.format == :int8, do: :f32, else: q.dtype
+    # compressed-tensors computes in the dtype of its scales or of the model.
+    exact = q.format == :int8 or to_string(layout) == "compressed-tensors"
+    dtype = if exact, do: :f32, else: q.dtype
     tensor = VivaTensor.dequantize!(q, dtype: dtype)
     File.write!(Path.join(out, "#{i}.bin"), Tensor.to_binary!(tensor))
     Enum.join([name, dtype, Enum.join(tensor.shape, "x"), "#{i}.bin"], "\t") <> "\n"

@@ -36,7 +36,8 @@ const LEAST: u8 = 0x20;
 const MOST: i32 = 0x7e;
 
 fn global_scale(extremes: Extremes) -> f32 {
-    let global = E4M3.max() * E2M1.max() / extremes.absmax().max(f32::MIN_POSITIVE);
+    // Two roundings, as torch divides a number by a tensor.
+    let global = 1.0 / extremes.absmax().max(f32::MIN_POSITIVE) * (E4M3.max() * E2M1.max());
     // Where a tensor is so small that this overflows it keeps its own scale.
     if global.is_finite() { global } else { 1.0 }
 }

@@ -19,7 +19,7 @@ mod pack;
 
 use std::borrow::Cow;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Entries, Found, Layout, Source, Spelled, expect, invalid, module, refuse, set_config};
 use crate::error::{Error, Result};
@@ -235,9 +235,18 @@ impl Layout for CompressedTensors {
     }
 
     fn config(&self, spec: &Spec, config: &mut Value, kept: &[String]) {
-        if let Some(kind) = Kind::of(spec) {
-            set_config(config, config::config(kind, spec, kept));
+        let Some(kind) = Kind::of(spec) else {
+            return;
+        };
+        if let (Kind::Nvfp4 | Kind::Mxfp4 | Kind::Mxfp8, Value::Object(map)) = (kind, &mut *config)
+        {
+            // These it decompresses to bf16, whatever the model computes in.
+            map.insert("dtype".into(), json!("bfloat16"));
+            if let Some(dtype) = map.get_mut("torch_dtype") {
+                *dtype = json!("bfloat16");
+            }
         }
+        set_config(config, config::config(kind, spec, kept));
     }
 
     fn find(&self, has: &dyn Fn(&str) -> bool, all: &[&str]) -> Vec<Found> {
@@ -507,8 +516,8 @@ impl<'a> Stored<'a> {
             parts.push(("global_scale", global.reshaped(vec![global.len()])?));
         }
         let dtype = match spec.scale_dtype {
-            dtype @ (DType::F32 | DType::F16 | DType::BF16) => dtype,
-            _ => model_dtype(config),
+            DType::F8E4M3 | DType::F8E8M0 => DType::BF16,
+            scales => model_dtype(config).unwrap_or(scales),
         };
         Ok(Quantized {
             spec,
@@ -519,13 +528,14 @@ impl<'a> Stored<'a> {
     }
 }
 
-/// The dtype in which the model computes; of weights whose scales do not tell.
-fn model_dtype(config: &Value) -> DType {
-    let name = config.get("dtype").or_else(|| config.get("torch_dtype"));
-    match name.and_then(Value::as_str) {
-        Some("float32") => DType::F32,
-        Some("float16") => DType::F16,
-        _ => DType::BF16,
+/// The dtype in which the model computes, where its config tells.
+fn model_dtype(config: &Value) -> Option<DType> {
+    let name = config.get("dtype").or_else(|| config.get("torch_dtype"))?;
+    match name.as_str()? {
+        "float32" => Some(DType::F32),
+        "float16" => Some(DType::F16),
+        "bfloat16" => Some(DType::BF16),
+        _ => None,
     }
 }
 
