@@ -35,7 +35,22 @@ fn spec(name: &str) -> Spec {
     }
 }
 
-const FORMATS: [&str; 6] = ["int8", "int8_absmax", "int4", "nf4", "nf4_dq", "fp4"];
+const FORMATS: [&str; 14] = [
+    "int8",
+    "int8_absmax",
+    "int4",
+    "nf4",
+    "nf4_dq",
+    "fp4",
+    "q8_0",
+    "q4_0",
+    "q4_1",
+    "q6_k",
+    "q4_k",
+    "q3_k",
+    "q2_k",
+    "iq4_nl",
+];
 
 #[divan::bench(args = FORMATS)]
 fn quantize_f32(bencher: Bencher, format: &str) {

@@ -61,6 +61,14 @@ impl Halves {
         }
         half.to_le_bytes()
     }
+
+    /// Notes scales that are no numbers: sums of squares were past f32.
+    #[inline(always)]
+    pub(super) fn check(&mut self, scales: &[f32]) {
+        if let Some(&scale) = scales.iter().find(|s| !s.is_finite()) {
+            self.too_large = Some(scale);
+        }
+    }
 }
 
 /// The scale that [`Halves::store`] stored.
@@ -151,7 +159,6 @@ impl<B: Block> Format for Blocks<B> {
         });
         match scales.too_large {
             None => Ok(()),
-            // The squares of large weights are past f32, and so is what they give.
             Some(scale) => Err(Error::ScaleOverflow {
                 scale: if scale.is_finite() {
                     scale.abs()

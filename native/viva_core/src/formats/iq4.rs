@@ -124,6 +124,7 @@ impl Iq4Xs {
         // What codes are divided by, from d and what is stored of it.
         divisor: impl Fn(f32, f32) -> f32,
     ) {
+        scales.check(found);
         let mut largest = 0f32;
         for &scale in found {
             if scale.abs() > largest.abs() {

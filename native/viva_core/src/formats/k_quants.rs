@@ -177,6 +177,7 @@ fn q6_numerators() -> impl Iterator<Item = f32> {
 impl Q6K {
     #[inline(always)]
     fn fill(&mut self, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
+        scales.check(&found.scale);
         let largest = signed_largest(&found.scale);
         if largest.abs() < columns::LEAST {
             return;
@@ -447,6 +448,7 @@ pub struct Q3K {
 impl Q3K {
     #[inline(always)]
     fn fill(&mut self, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
+        scales.check(&found.scale);
         let largest = signed_largest(&found.scale);
         let mut l = [0i32; 16];
         if largest == 0.0 {
