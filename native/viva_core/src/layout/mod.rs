@@ -173,6 +173,7 @@ pub fn resolve(
     spec(format, options.to_vec())?;
     let mut refusal = None;
     for layout in LAYOUTS {
+        // The options of a user may contradict what one layout asks for.
         match with_defaults(*layout).and_then(|spec| layout.check(&spec).map(|()| spec)) {
             Ok(spec) => return Ok((spec, *layout)),
             Err(e) => refusal = refusal.or(Some(e)),
