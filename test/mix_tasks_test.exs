@@ -5,7 +5,7 @@ defmodule VivaTensor.MixTasksTest do
   import ExUnit.CaptureIO
 
   alias Mix.Tasks.Viva.{Inspect, Quantize}
-  alias VivaTensor.Native
+  alias VivaTensor.{Checkpoint, Native, Tensor}
   alias VivaTensor.Test.{Directory, Safetensors}
 
   @model "examples/models/viva-tiny"
@@ -46,6 +46,10 @@ defmodule VivaTensor.MixTasksTest do
     term
   end
 
+  defp values(quantized) do
+    quantized |> VivaTensor.dequantize!(dtype: :f32) |> Tensor.to_binary!()
+  end
+
   describe "mix viva.quantize" do
     test "compresses, reports and exits with 0", %{dir: dir} do
       to = Path.join(dir, "out")
@@ -62,6 +66,61 @@ defmodule VivaTensor.MixTasksTest do
       assert report["recipe"]["settings"]["double_quant"] == true
       assert report["quantized"] == 14
       assert File.exists?(Path.join(to, "model.safetensors"))
+    end
+
+    test "writes a whole model as one GGUF file", %{dir: dir} do
+      to = Path.join(dir, "out")
+      argv = [@model, "--to", to, "--format", "q4_k", "--max-shard-size", "100KB"]
+      assert {0, stdout, _} = task(Quantize, argv)
+      assert stdout =~ "q4_k in gguf layout"
+      assert to |> File.ls!() |> Enum.sort() == ["model.gguf", "report.json"]
+
+      source = Checkpoint.open!(@model)
+      written = Checkpoint.open!(to)
+      assert written.config["tie_word_embeddings"] == true
+      name = "model.layers.1.self_attn.k_proj.weight"
+      direct = VivaTensor.quantize!(Checkpoint.get!(source, name), :q4_k)
+      read = Checkpoint.get!(written, name)
+      assert values(read) == values(direct)
+      assert values(Checkpoint.get!(written, "blk.1.attn_k.weight")) != values(direct)
+
+      assert {0, stdout, _} = task(Inspect, [to])
+      assert stdout =~ ~r/blk\.0\.attn_q\.weight +q4_k +gguf +256x256/
+
+      # What it holds is quantized already.
+      assert {3, "", stderr} = task(Quantize, [to, "--to", to <> "2", "--format", "q4_0"])
+      assert stderr =~ "quantized already (q4_k)"
+    end
+
+    test "takes a shorter block where rows need one, and says so", %{dir: dir} do
+      model = Path.join(dir, "model")
+      File.mkdir_p!(model)
+
+      for file <- ["config.json", "tokenizer.json"],
+          do: File.cp!(Path.join(@model, file), Path.join(model, file))
+
+      Safetensors.write!(Path.join(model, "model.safetensors"), [
+        {"model.layers.0.mlp.up_proj.weight", "F32", [64, 96], Safetensors.normal(64 * 96, 1)},
+        {"model.layers.0.mlp.down_proj.weight", "F32", [24, 256], Safetensors.normal(24 * 256, 2)}
+      ])
+
+      to = Path.join(dir, "out")
+      assert {0, stdout, _} = task(Quantize, [model, "--to", to, "--format", "q4_k"])
+      assert stdout =~ "q5_0: q4_k does not divide its rows"
+      report = to |> Path.join("report.json") |> File.read!() |> decode!()
+
+      assert [
+               %{"format" => "q5_0", "reason" => "q4_k does not divide its rows"},
+               %{"format" => "q4_k", "reason" => nil}
+             ] = Enum.sort_by(report["tensors"], & &1["format"], :desc)
+    end
+
+    test "says what a GGUF file needs", %{dir: dir} do
+      file = Path.join(dir, "bare.safetensors")
+      Safetensors.write!(file, [{"a.weight", "F32", [1, 32], Safetensors.normal(32, 1)}])
+      argv = [file, "--to", Path.join(dir, "out"), "--format", "q8_0", "--layout", "gguf"]
+      assert {3, "", stderr} = task(Quantize, argv)
+      assert stderr =~ "has no config.json"
     end
 
     test "prints the report as JSON, alone on standard output", %{dir: dir} do

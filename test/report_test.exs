@@ -11,6 +11,7 @@ defmodule VivaTensor.ReportTest do
       shape: [1, elements],
       dtype: "f32",
       action: :quantize,
+      format: :nf4,
       reason: nil,
       input_bytes: elements * 4,
       output_bytes: div(elements, 2) + 8,
@@ -86,7 +87,15 @@ defmodule VivaTensor.ReportTest do
   end
 
   test "a row counts bits from the bytes in the file, and has no number for what is none" do
-    unit = %{name: "a", shape: [1, 8], dtype: "f32", action: :quantize, reason: nil, id: 1}
+    unit = %{
+      name: "a",
+      shape: [1, 8],
+      dtype: "f32",
+      action: :quantize,
+      format: :nf4,
+      reason: nil,
+      id: 1
+    }
 
     stats = %{
       input_bytes: 32,

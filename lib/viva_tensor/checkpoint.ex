@@ -1,7 +1,7 @@
 defmodule VivaTensor.Checkpoint do
   @moduledoc """
-  A checkpoint on disk, mapped: a `.safetensors` file, a sharded directory with
-  its index, or a Hugging Face model directory.
+  A checkpoint on disk, mapped: a `.safetensors` or `.gguf` file, a sharded
+  directory with its index, or a Hugging Face model directory.
 
       iex> {:ok, ckpt} = VivaTensor.Checkpoint.open("examples/models/viva-tiny")
       iex> VivaTensor.Checkpoint.get!(ckpt, "model.norm.weight")
@@ -27,7 +27,8 @@ defmodule VivaTensor.Checkpoint do
 
   @typedoc """
   `companions` are the other files of a model directory (tokenizer,
-  configuration), `config` its `config.json`, `total_bytes` the tensors' bytes.
+  configuration), `config` its `config.json` (for the GGUF file of a Llama, what
+  that would say), `total_bytes` the tensors' bytes.
   """
   @type t :: %__MODULE__{
           ref: reference,
@@ -65,6 +66,11 @@ defmodule VivaTensor.Checkpoint do
   @doc """
   One tensor by name: a `VivaTensor.Tensor` mapped from the file, or a
   `VivaTensor.Quantized` when the checkpoint spells it in a layout that we know.
+
+  In the GGUF file of a Llama, a tensor may also be asked for by the name that it
+  has in `transformers`: `model.layers.0.self_attn.q_proj.weight` for
+  `blk.0.attn_q.weight`. Its rows are then in `transformers`' order, which for
+  queries and keys is another one.
 
       iex> ckpt = VivaTensor.Checkpoint.open!("examples/models/viva-tiny")
       iex> {:error, error} = VivaTensor.Checkpoint.get(ckpt, "model.norm.wieght")

@@ -43,14 +43,15 @@ defmodule VivaTensor.Job do
   @doc """
   Starts a job under the application's supervisor. It outlives the caller.
 
-  - `:source` - a `.safetensors` file, a sharded directory with its index, or a
+  - `:source` - a `.safetensors` or `.gguf` file, a sharded directory with its index, or a
     Hugging Face model directory; required
   - `:to` - the directory to write; required
   - `:force` - replace `:to` if it exists (`false`)
   - `:memory_limit` - bytes in flight over the units that run at once, input and
     output counted (`"512MB"`); a larger unit runs alone
   - `:max_concurrency` - units that run at once (one for each online scheduler)
-  - `:max_shard_size` - of the files of the output (`"5GB"`)
+  - `:max_shard_size` - of the files of the output (`"5GB"`); the gguf layout has
+    one file
   - `:notify` - a process to keep informed, see above
   - `:recipe` - a `VivaTensor.Recipe`, or else its options: see
     `VivaTensor.Recipe.new/1`

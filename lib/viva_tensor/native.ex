@@ -44,6 +44,7 @@ defmodule VivaTensor.Native do
     checkpoint_get: [:checkpoint, :name],
     checkpoint_release: [:checkpoint],
     spec_new: [:format, :options, :layout],
+    plan_source: [:spec, :checkpoint],
     plan_tensor: [:spec, :name, :shape, :dtype],
     config_files: [:spec, :config, :kept],
     output_create: [:target, :force, :protected],
@@ -58,7 +59,7 @@ defmodule VivaTensor.Native do
     plan_shards: [:sizes, :max_shard_size],
     shard_name: [:index, :count],
     unit_quantize: [:checkpoint, :name, :spec, :shard, :cancel],
-    unit_keep: [:checkpoint, :name, :shard, :cancel]
+    unit_keep: [:checkpoint, :name, :spec, :shard, :cancel]
   ]
 
   for {name, args} <- stubs do

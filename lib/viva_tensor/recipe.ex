@@ -30,7 +30,7 @@ defmodule VivaTensor.Recipe do
   @f32_projections Map.new(~w(t5 mt5 umt5 longt5), &{&1, ["wo"]})
 
   @heads ~w(lm_head embed_out output_projection score classifier qa_outputs)
-  @embeddings ~w(wte wpe shared relative_attention_bias)
+  @embeddings ~w(wte wpe shared relative_attention_bias token_embd)
   @routers ~w(gate router shared_expert_gate)
 
   @enforce_keys [:format, :layout]

@@ -30,7 +30,8 @@ defmodule VivaTensor.Report do
   ]
 
   @typedoc """
-  One tensor. `reason` says why it was kept; what comes after `elements` belongs to
+  One tensor. `format` is what it was quantized to; `reason` says why it was kept, or
+  has another format than the recipe's; what comes after `elements` belongs to
   quantized tensors. A figure that no number can tell is `nil`: `sqnr_db` where
   there is no error, `cosine` where all is zero.
   """
@@ -39,6 +40,7 @@ defmodule VivaTensor.Report do
           required(:shape) => [non_neg_integer],
           required(:dtype) => String.t(),
           required(:action) => :quantize | :keep,
+          required(:format) => atom,
           required(:reason) => String.t() | nil,
           required(:input_bytes) => non_neg_integer,
           required(:output_bytes) => non_neg_integer,
@@ -103,7 +105,7 @@ defmodule VivaTensor.Report do
   @spec row(map, map) :: row
   def row(unit, stats) do
     stats = Map.new(stats, fn {key, value} -> {key, if(is_number(value), do: value)} end)
-    row = Map.merge(stats, Map.take(unit, [:name, :shape, :dtype, :action, :reason]))
+    row = Map.merge(stats, Map.take(unit, [:name, :shape, :dtype, :action, :format, :reason]))
 
     if row.action == :quantize,
       do: Map.put(row, :bits_per_weight, bits_per_weight([row])),
@@ -137,7 +139,7 @@ defmodule VivaTensor.Report do
     rows =
       report.tensors
       |> groups(Keyword.get(opts, :tensors, false))
-      |> Enum.map(&table_row(report, &1))
+      |> Enum.map(&table_row/1)
 
     IO.iodata_to_binary([
       "#{report.source} -> #{report.target}: #{describe(report.recipe)}\n\n",
@@ -203,7 +205,7 @@ defmodule VivaTensor.Report do
     {name, row.dtype, row.shape, row.action, row.reason}
   end
 
-  defp table_row(report, {name, [row | _] = rows}) do
+  defp table_row({name, [row | _] = rows}) do
     quantized? = row.action == :quantize
     lowest = if quantized?, do: worst(rows)
 
@@ -212,13 +214,17 @@ defmodule VivaTensor.Report do
       length(rows),
       row.dtype,
       Enum.join(row.shape, "x"),
-      if(quantized?, do: report.recipe.format, else: "kept: #{row.reason}"),
+      stored_as(row),
       rows |> sum(:input_bytes) |> Size.format(),
       rows |> sum(:output_bytes) |> Size.format(),
       if(quantized?, do: rows |> bits_per_weight() |> decimals(3)),
       if(lowest, do: decimals(lowest.sqnr_db, 2))
     ]
   end
+
+  defp stored_as(%{action: :keep, reason: reason}), do: "kept: #{reason}"
+  defp stored_as(%{format: format, reason: nil}), do: format
+  defp stored_as(%{format: format, reason: reason}), do: "#{format}: #{reason}"
 
   # Totals
 

@@ -6,7 +6,7 @@ defmodule Mix.Tasks.Viva.Inspect do
 
       mix viva.inspect PATH [--json]
 
-  PATH is a `.safetensors` file, a sharded directory with its index, or a Hugging
+  PATH is a `.safetensors` or `.gguf` file, a sharded directory with its index, or a Hugging
   Face model directory. The parts of a quantized weight are shown as the one tensor
   that they stand for, with its format, its layout and the bits it takes per weight.
 

@@ -6,10 +6,11 @@ defmodule Mix.Tasks.Viva.Quantize do
 
       mix viva.quantize SOURCE --to DIR --format nf4
 
-  SOURCE is a `.safetensors` file, a sharded directory with its index, or a
+  SOURCE is a `.safetensors` or `.gguf` file, a sharded directory with its index, or a
   Hugging Face model directory. DIR is created, complete or not at all, with the
   weights, the config that says how to load them, the tokenizer files of SOURCE
-  and a `report.json`.
+  and a `report.json`. In the gguf layout the weights, the config and the tokenizer
+  are one file, `model.gguf`.
 
   ## Flags
 
@@ -19,7 +20,7 @@ defmodule Mix.Tasks.Viva.Quantize do
     * `--method rtn|mse` - round to nearest, or search the scales of lowest error
     * `--block-size N` - elements that share a scale
     * `--double-quant`, `--no-double-quant` - quantize the scales of nf4 and fp4
-    * `--layout bitsandbytes|awq|compressed-tensors` - how it is spelled on disk;
+    * `--layout bitsandbytes|awq|compressed-tensors|gguf` - how it is spelled on disk;
       each format has its usual one
     * `--include RE` - also quantize tensors whose name matches; may be repeated
     * `--exclude RE` - keep tensors whose name matches; may be repeated
@@ -35,6 +36,7 @@ defmodule Mix.Tasks.Viva.Quantize do
 
       mix viva.quantize examples/models/viva-tiny --to viva-tiny-nf4 --format nf4 --double-quant
       mix viva.quantize model.safetensors --to out --format int8 --exclude 'layers\\.0\\.'
+      mix viva.quantize ~/models/llama --to llama-gguf --format q4_k --layout gguf
       mix viva.quantize ~/models/llama --to llama-awq --format int4 --method mse --memory-limit 2GB
 
   Progress goes to standard error and the report to standard output. SIGTERM and

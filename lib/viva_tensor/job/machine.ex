@@ -349,7 +349,8 @@ defmodule VivaTensor.Job.Machine do
 
   defp rewrite(shard, data) do
     with :ok <- Shard.remove(shard, data.output),
-         {:ok, groups} <- Plan.shards(Shard.decided_again(shard), data.options.max_shard_size) do
+         units = Shard.decided_again(shard),
+         {:ok, groups} <- Plan.shards(units, data.plan.file, data.options.max_shard_size) do
       shards = for {units, n} <- Enum.with_index(groups), do: Shard.new(shard.id ++ [n], units)
       {again, rows} = Map.split(data.rows, Enum.map(shard.units, & &1.id))
       again = Map.values(again)

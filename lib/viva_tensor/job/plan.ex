@@ -12,17 +12,19 @@ defmodule VivaTensor.Job.Plan do
   alias VivaTensor.{Error, Native, Recipe}
   alias VivaTensor.Job.{FileError, Options, Unit}
 
-  @enforce_keys [:checkpoint, :bytes_on_disk, :spec, :shards]
-  defstruct [:checkpoint, :bytes_on_disk, :spec, :shards]
+  @enforce_keys [:checkpoint, :bytes_on_disk, :spec, :file, :shards]
+  defstruct [:checkpoint, :bytes_on_disk, :spec, :file, :shards]
 
   @typedoc """
   `checkpoint` is what the native side tells of the opened source, `bytes_on_disk`
-  the size of its weight files, headers included.
+  the size of its weight files, headers included, `file` the name of the output's
+  one file where the layout is a file format that holds a whole model.
   """
   @type t :: %__MODULE__{
           checkpoint: map,
           bytes_on_disk: non_neg_integer,
           spec: reference,
+          file: String.t() | nil,
           shards: [[Unit.t()]]
         }
 
@@ -33,13 +35,15 @@ defmodule VivaTensor.Job.Plan do
          :ok <- not_quantized_already(checkpoint),
          {:ok, bytes_on_disk} <- bytes_on_disk(checkpoint.files),
          {:ok, spec} <- Recipe.spec(options.recipe),
+         {:ok, file} <- spec |> Native.plan_source(checkpoint.ref) |> Error.wrap(:source),
          units = units(checkpoint, spec, options.recipe),
-         {:ok, shards} <- shards(units, options.max_shard_size) do
+         {:ok, shards} <- shards(units, file, options.max_shard_size) do
       {:ok,
        %__MODULE__{
          checkpoint: checkpoint,
          bytes_on_disk: bytes_on_disk,
          spec: spec,
+         file: file,
          shards: shards
        }}
     end
@@ -47,10 +51,12 @@ defmodule VivaTensor.Job.Plan do
 
   @doc """
   Groups units into shards of at most `max_shard_size` bytes; a larger unit gets
-  a shard of its own. There is always one shard.
+  a shard of its own. There is always one shard, and one only where the layout
+  names the `file`.
   """
-  @spec shards([Unit.t()], pos_integer) :: {:ok, [[Unit.t()]]} | {:error, Error.t()}
-  def shards(units, max_shard_size) do
+  @spec shards([Unit.t()], String.t() | nil, pos_integer) ::
+          {:ok, [[Unit.t()]]} | {:error, Error.t()}
+  def shards(units, nil, max_shard_size) do
     sizes = Enum.map(units, & &1.output_bytes)
 
     with {:ok, groups} <- sizes |> Native.plan_shards(max_shard_size) |> Error.wrap(:plan) do
@@ -58,6 +64,8 @@ defmodule VivaTensor.Job.Plan do
       {:ok, for(group <- groups, do: for(index <- group, do: elem(units, index)))}
     end
   end
+
+  def shards(units, _file, _max_shard_size), do: {:ok, [units]}
 
   defp bytes_on_disk(files) do
     Enum.reduce_while(files, {:ok, 0}, fn file, {:ok, bytes} ->
@@ -81,9 +89,10 @@ defmodule VivaTensor.Job.Plan do
       }
 
       with :quantize <- Recipe.decide(recipe, entry, checkpoint.config),
-           {:ok, %{bytes: bytes}} <-
+           {:ok, %{bytes: bytes, format: format}} <-
              Native.plan_tensor(spec, entry.name, entry.shape, entry.dtype) do
-        %{unit | output_bytes: bytes}
+        reason = if format != recipe.format, do: "#{recipe.format} does not divide its rows"
+        %{unit | output_bytes: bytes, format: format, reason: reason}
       else
         {:keep, reason} -> Unit.keep(unit, reason)
         {:error, {_kind, _details, message}} -> Unit.keep(unit, message)

@@ -21,7 +21,7 @@ defmodule VivaTensor.Job.Publication do
   def publish(output, options, plan, shards, rows, seconds) do
     units = Enum.flat_map(shards, & &1.units)
 
-    with {:ok, written} <- rename(shards, output),
+    with {:ok, written} <- rename(shards, output, plan),
          :ok <- write_index(output, written),
          :ok <- write_config(output, plan, units),
          :ok <- carry_companions(output, plan),
@@ -35,8 +35,8 @@ defmodule VivaTensor.Job.Publication do
   end
 
   # What is written, under the final names.
-  defp rename(shards, output) do
-    names = Shard.final_names(length(shards))
+  defp rename(shards, output, plan) do
+    names = Shard.final_names(plan.file, length(shards))
 
     with {:ok, directory} <- output |> Native.output_path() |> Error.wrap(:output),
          :ok <-
@@ -52,6 +52,9 @@ defmodule VivaTensor.Job.Publication do
          {:ok, _} <- write(output, @index, json),
          do: :ok
   end
+
+  # A file that holds a whole model says itself how to load it.
+  defp write_config(_output, %{file: file}, _units) when file != nil, do: :ok
 
   # Without config.json the source is bare weights, and nothing says how to load them.
   defp write_config(output, plan, units) do
@@ -84,6 +87,8 @@ defmodule VivaTensor.Job.Publication do
       end
     )
   end
+
+  defp carry_companions(_output, %{file: file}) when file != nil, do: :ok
 
   # A report in the source is of another job.
   defp carry_companions(output, plan) do

@@ -91,20 +91,26 @@ defmodule VivaTensor.Job.Shard do
     path |> File.rename(Path.join(directory, name)) |> FileError.wrap(:output, path)
   end
 
-  defp file(%__MODULE__{id: id}), do: "shard-#{Enum.join(id, "-")}.safetensors"
+  defp file(%__MODULE__{id: id}), do: "shard-#{Enum.join(id, "-")}"
 
   @doc "Writes the header and syncs the file."
   @spec finish(reference) :: {:ok, written} | {:error, Error.t()}
   def finish(ref), do: ref |> Native.shard_finish() |> Error.wrap(:output)
 
   @doc """
-  The names that `transformers` looks for, one for each of `count` shards.
+  The names that `transformers` looks for, one for each of `count` shards, or the
+  name of the one `file` of the layout.
 
-      iex> VivaTensor.Job.Shard.final_names(1)
+      iex> VivaTensor.Job.Shard.final_names(nil, 1)
       ["model.safetensors"]
-      iex> VivaTensor.Job.Shard.final_names(2)
+      iex> VivaTensor.Job.Shard.final_names(nil, 2)
       ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+      iex> VivaTensor.Job.Shard.final_names("model.gguf", 1)
+      ["model.gguf"]
   """
-  @spec final_names(pos_integer) :: [String.t()]
-  def final_names(count), do: for(index <- 0..(count - 1), do: Native.shard_name(index, count))
+  @spec final_names(String.t() | nil, pos_integer) :: [String.t()]
+  def final_names(file, 1) when file != nil, do: [file]
+
+  def final_names(nil, count),
+    do: for(index <- 0..(count - 1), do: Native.shard_name(index, count))
 end

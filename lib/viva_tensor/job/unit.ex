@@ -10,15 +10,16 @@ defmodule VivaTensor.Job.Unit do
   alias VivaTensor.{Error, Native, Telemetry}
 
   @enforce_keys [:id, :name, :shape, :dtype, :action, :input_bytes, :output_bytes]
-  defstruct [:id, :name, :shape, :dtype, :action, :reason, :input_bytes, :output_bytes]
+  defstruct [:id, :name, :shape, :dtype, :action, :format, :reason, :input_bytes, :output_bytes]
 
-  @typedoc "`reason` says why a tensor is kept."
+  @typedoc "`reason` says why a tensor is kept, or has another format than the recipe's."
   @type t :: %__MODULE__{
           id: non_neg_integer,
           name: String.t(),
           shape: [non_neg_integer],
           dtype: String.t(),
           action: :quantize | :keep,
+          format: atom,
           reason: String.t() | nil,
           input_bytes: non_neg_integer,
           output_bytes: non_neg_integer
@@ -31,7 +32,7 @@ defmodule VivaTensor.Job.Unit do
   @doc "The same tensor, kept unquantized."
   @spec keep(t, String.t()) :: t
   def keep(%__MODULE__{} = unit, reason) do
-    %{unit | action: :keep, reason: reason, output_bytes: unit.input_bytes}
+    %{unit | action: :keep, format: nil, reason: reason, output_bytes: unit.input_bytes}
   end
 
   @doc "Does the work, in the calling process."
@@ -48,7 +49,7 @@ defmodule VivaTensor.Job.Unit do
     result =
       case unit.action do
         :quantize -> Native.unit_quantize(checkpoint, unit.name, spec, shard, cancel)
-        :keep -> Native.unit_keep(checkpoint, unit.name, shard, cancel)
+        :keep -> Native.unit_keep(checkpoint, unit.name, spec, shard, cancel)
       end
       |> Error.wrap(:unit)
 

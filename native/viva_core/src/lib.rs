@@ -29,6 +29,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod content;
 pub mod error;
 pub mod format;
 pub mod formats;

@@ -1,17 +1,18 @@
 //! The work of one unit of a job: one tensor of a checkpoint, quantized and
 //! written, or copied as it is.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde_json::Value;
-
 use crate::error::{Error, Result};
 use crate::format::Spec;
-use crate::io::{Checkpoint, EntryDType, FixedEntry, ShardWriter};
-use crate::layout::{self, Entries, Layout, Source};
+use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, ShardWriter};
+use crate::layout::gguf::RowOrder;
+use crate::layout::{Entries, Layout};
 use crate::ops::metrics::{self, Metrics};
 use crate::ops::{Cancel, pool, quantize};
+use crate::tensor::narrow;
 
 /// A spec, and the layout in which tensors are written.
 pub struct Target {
@@ -19,11 +20,9 @@ pub struct Target {
     pub layout: &'static dyn Layout,
 }
 
-/// One tensor in the plan of a shard.
+/// One tensor of the source in the plan of a shard.
 pub struct Planned {
     pub name: String,
-    pub dtype: EntryDType,
-    pub shape: Vec<usize>,
     pub quantize: bool,
 }
 
@@ -39,6 +38,11 @@ pub struct Done {
 }
 
 impl Target {
+    /// What a tensor of this shape is quantized with.
+    pub fn spec_for(&self, shape: &[usize]) -> Result<Cow<'_, Spec>> {
+        self.layout.spec_for(&self.spec, shape)
+    }
+
     /// What a tensor adds to a file, or why it cannot be quantized so.
     pub fn entries(&self, name: &str, dtype: EntryDType, shape: &[usize]) -> Result<Entries> {
         let known = match dtype {
@@ -50,34 +54,81 @@ impl Target {
                 });
             }
         };
-        self.spec.format()?.check_shape(&self.spec, shape)?;
-        self.layout.entries(&self.spec, name, shape, known)
+        let spec = self.spec_for(shape)?;
+        spec.format()?.check_shape(&spec, shape)?;
+        self.layout.entries(&spec, name, shape, known)
+    }
+
+    /// Checks that the layout can hold a checkpoint at all.
+    pub fn check_source(&self, source: &Checkpoint) -> Result<()> {
+        let quantized = |e: &&Entry| matches!(e.dtype, EntryDType::Ggml(_));
+        if let Some(entry) = source.entries().find(quantized) {
+            return Err(Error::InvalidFile {
+                path: source.path().display().to_string(),
+                message: format!(
+                    "its weights are quantized already ({}); start from the original checkpoint",
+                    entry.dtype.name()
+                ),
+            });
+        }
+        let Some(whole) = self.layout.whole_file() else {
+            return match source.gguf_metadata() {
+                None => Ok(()),
+                Some(_) => Err(Error::LayoutMismatch {
+                    layout: self.layout.name().into(),
+                    format: self.spec.format.clone(),
+                    message: "a GGUF file can only be written as a GGUF file again".into(),
+                }),
+            };
+        };
+        whole.metadata(source, Some(&self.spec))?;
+        whole.more(source)?;
+        for entry in source.entries() {
+            whole.kept(source, entry)?;
+            whole.row_order(source, entry)?;
+        }
+        Ok(())
     }
 }
 
-/// Starts a shard for the planned tensors.
+/// Starts a shard for the planned tensors of a checkpoint.
 pub fn create_shard(
     path: &Path,
+    source: &Checkpoint,
     target: Option<&Target>,
     planned: Vec<Planned>,
     metadata: BTreeMap<String, String>,
 ) -> Result<ShardWriter> {
+    let whole = target.and_then(|t| t.layout.whole_file());
     let mut all = Entries::default();
-    for p in planned {
-        match target {
-            Some(target) if p.quantize => {
-                let entries = target.entries(&p.name, p.dtype, &p.shape)?;
+    for Planned { name, quantize } in planned {
+        let entry = source.entry(&name)?;
+        match (target, whole) {
+            (Some(target), _) if quantize => {
+                let entries = target.entries(&name, entry.dtype, &entry.shape)?;
                 all.fixed.extend(entries.fixed);
                 all.late.extend(entries.late);
             }
+            (_, Some(whole)) => all.fixed.extend(whole.kept(source, entry)?),
             _ => all.fixed.push(FixedEntry {
-                name: p.name,
-                dtype: p.dtype,
-                shape: p.shape,
+                name,
+                dtype: entry.dtype,
+                shape: entry.shape.clone(),
             }),
         }
     }
-    ShardWriter::create(path, all.fixed, all.late, metadata)
+    let Some(whole) = whole else {
+        return ShardWriter::create(path, all.fixed, all.late, metadata);
+    };
+    let metadata = whole.metadata(source, target.map(|t| &t.spec))?;
+    let more = whole.more(source)?;
+    all.fixed
+        .extend(more.iter().map(|(entry, _)| entry.clone()));
+    let shard = ShardWriter::create(path, all.fixed, all.late, metadata)?;
+    for (entry, bytes) in more {
+        shard.write(&entry.name, &bytes)?;
+    }
+    Ok(shard)
 }
 
 /// Quantizes one tensor and writes it; its mapped pages are given back. All of
@@ -91,12 +142,17 @@ pub fn quantize_into(
 ) -> Result<Done> {
     source.check_unchanged(name)?;
     let tensor = source.tensor(name)?;
+    let spec = target.spec_for(tensor.shape())?;
     let late = target
         .layout
-        .entries(&target.spec, name, tensor.shape(), tensor.dtype())?
+        .entries(&spec, name, tensor.shape(), tensor.dtype())?
         .late;
+    let order = match target.layout.whole_file() {
+        None => None,
+        Some(whole) => whole.row_order(source, source.entry(name)?)?,
+    };
     let done = pool::run(|| {
-        let q = quantize::quantize(&tensor, &target.spec, cancel)?;
+        let q = quantize::quantize(&tensor, &spec, cancel)?;
         let metrics = metrics::quantized(&tensor, &q, cancel)?;
         // The source is done with: its pages go before the output's arrive.
         source.give_back(name)?;
@@ -105,6 +161,10 @@ pub fn quantize_into(
             output_bytes += bytes.len();
             if late.iter().any(|l| l.name == part) {
                 shard.write_late(&part, &bytes)?;
+            } else if let Some(order) = order {
+                let row_bytes = bytes.len() / tensor.shape()[0].max(1);
+                let ordered = order.apply(&bytes, row_bytes);
+                write(shard, &part, ordered.as_ref(), cancel)?;
             } else {
                 write(shard, &part, &bytes, cancel)?;
             }
@@ -135,106 +195,92 @@ fn write(shard: &ShardWriter, name: &str, bytes: &[u8], cancel: &Cancel) -> Resu
     Ok(())
 }
 
-/// Copies one tensor as it is; its mapped pages are given back.
+/// Writes one tensor unquantized, as it is or as the layout keeps it; its mapped
+/// pages are given back.
 pub fn keep_into(
     source: &Checkpoint,
     name: &str,
+    target: Option<&Target>,
     shard: &ShardWriter,
     cancel: &Cancel,
 ) -> Result<Done> {
     source.check_unchanged(name)?;
-    let bytes = source.bytes(name)?;
-    let elements = source.entry(name)?.shape.iter().product();
-    let done = (|| {
-        write(shard, name, bytes, cancel)?;
-        Ok(Done {
-            input_bytes: bytes.len(),
-            output_bytes: bytes.len(),
-            elements,
-            bits_per_weight: None,
-            metrics: None,
-        })
-    })();
-    source.give_back(name)?;
-    done
-}
-
-/// One logical tensor of a checkpoint: the parts of a quantized weight count
-/// as one.
-pub struct Content {
-    pub name: String,
-    /// The format of a quantized weight, the dtype of any other.
-    pub format: String,
-    pub layout: Option<&'static str>,
-    pub shape: Vec<usize>,
-    pub nbytes: usize,
-    pub bits_per_weight: f64,
-    pub tensors: Vec<String>,
-}
-
-/// What a checkpoint holds, quantized weights folded.
-pub fn contents(source: &Checkpoint) -> Result<Vec<Content>> {
-    let names: Vec<&str> = source.entries().map(|e| e.name.as_str()).collect();
-    let found = layout::find(&names);
-    let tensor = |name: &str| source.tensor(name);
-    let from = Source::new(&tensor, source.config().unwrap_or(&Value::Null));
-    let part_of: BTreeMap<&str, usize> = found
-        .iter()
-        .enumerate()
-        .flat_map(|(i, f)| f.tensors.iter().map(move |t| (t.as_str(), i)))
-        .collect();
-    let mut told = vec![false; found.len()];
-    let mut contents = Vec::new();
-    for entry in source.entries() {
-        let (name, format, layout, shape, tensors) = match part_of.get(entry.name.as_str()) {
-            Some(&i) if told[i] => continue,
-            Some(&i) => {
-                told[i] = true;
-                let f = &found[i];
-                let (format, shape) = layout::layout(f.layout)?.describe(&f.name, &from)?;
-                (
-                    f.name.clone(),
-                    format,
-                    Some(f.layout),
-                    shape,
-                    f.tensors.clone(),
-                )
+    let entry = source.entry(name)?;
+    let whole = target.and_then(|t| t.layout.whole_file());
+    let written = match whole {
+        None => copy(source, entry, name, shard, cancel),
+        Some(whole) => match whole.kept(source, entry)? {
+            None => Ok(0),
+            Some(kept) => {
+                let order = whole.row_order(source, entry)?;
+                match (kept.dtype == entry.dtype, order) {
+                    (true, None) => copy(source, entry, &kept.name, shard, cancel),
+                    _ => rewrite(source, entry, &kept, order, shard, cancel),
+                }
             }
-            None => (
-                entry.name.clone(),
-                entry.dtype.name(),
-                None,
-                entry.shape.clone(),
-                vec![entry.name.clone()],
-            ),
-        };
-        let nbytes = tensors
-            .iter()
-            .map(|t| Ok(source.entry(t)?.nbytes()))
-            .sum::<Result<usize>>()?;
-        let elements: usize = shape.iter().product();
-        contents.push(Content {
-            name,
-            format,
-            layout,
-            shape,
-            nbytes,
-            bits_per_weight: nbytes as f64 * 8.0 / elements.max(1) as f64,
-            tensors,
-        });
-    }
-    Ok(contents)
+        },
+    };
+    source.give_back(name)?;
+    Ok(Done {
+        input_bytes: entry.nbytes(),
+        output_bytes: written?,
+        elements: entry.shape.iter().product(),
+        bits_per_weight: None,
+        metrics: None,
+    })
 }
 
-/// Reads one quantized weight of a checkpoint, whatever its layout.
-pub fn read_quantized(source: &Checkpoint, name: &str) -> Result<Option<crate::format::Quantized>> {
-    let names: Vec<&str> = source.entries().map(|e| e.name.as_str()).collect();
-    match layout::find(&names).into_iter().find(|f| f.name == name) {
-        None => Ok(None),
-        Some(f) => {
-            let tensor = |name: &str| source.tensor(name);
-            let from = Source::new(&tensor, source.config().unwrap_or(&Value::Null));
-            layout::layout(f.layout)?.read(name, &from).map(Some)
+/// Copies bytes as they are; returns their number.
+fn copy(
+    source: &Checkpoint,
+    entry: &Entry,
+    to: &str,
+    shard: &ShardWriter,
+    cancel: &Cancel,
+) -> Result<usize> {
+    let bytes = source.bytes(&entry.name)?;
+    write(shard, to, bytes, cancel)?;
+    Ok(bytes.len())
+}
+
+/// Writes a tensor in another dtype or order of rows; returns the bytes written.
+fn rewrite(
+    source: &Checkpoint,
+    entry: &Entry,
+    kept: &FixedEntry,
+    order: Option<RowOrder>,
+    shard: &ShardWriter,
+    cancel: &Cancel,
+) -> Result<usize> {
+    let EntryDType::Known(dtype) = kept.dtype else {
+        return Err(Error::UnsupportedDtype {
+            op: format!("rewriting tensor {:?}", entry.name),
+            dtype: kept.dtype.name(),
+        });
+    };
+    let tensor = source.tensor(&entry.name)?;
+    let rows = entry.shape.first().copied().unwrap_or(1);
+    let row = tensor.len() / rows.max(1);
+    let at_once = (COPY / (row * dtype.size()).max(1)).max(1);
+    let (mut scratch, mut bytes) = (Vec::new(), Vec::new());
+    for first in (0..rows).step_by(at_once) {
+        cancel.check()?;
+        bytes.clear();
+        for to in first..(first + at_once).min(rows) {
+            let from = order.map_or(to, |o| o.source(to));
+            let elements = from * row..(from + 1) * row;
+            if tensor.dtype() == dtype {
+                let size = dtype.size();
+                bytes
+                    .extend_from_slice(&tensor.bytes()[elements.start * size..elements.end * size]);
+                continue;
+            }
+            let start = bytes.len();
+            bytes.resize(start + row * dtype.size(), 0);
+            let values = tensor.f32_chunk(elements, &mut scratch);
+            narrow(dtype, values, &mut bytes[start..])?;
         }
+        shard.write_at(&kept.name, first * row * dtype.size(), &bytes)?;
     }
+    Ok(tensor.len() * dtype.size())
 }

@@ -2,8 +2,9 @@
 
 use rustler::{Atom, Encoder, Env, Term};
 use serde_json::Value;
+use viva_core::content::{self, Read};
 use viva_core::io::Checkpoint;
-use viva_core::{Error, unit};
+use viva_core::layout::gguf;
 
 use crate::error::Outcome;
 use crate::json::{self, Keys};
@@ -51,7 +52,9 @@ fn checkpoint_open<'a>(env: Env<'a>, path: String) -> Outcome<Term<'a>> {
         .iter()
         .map(|p| text(p))
         .collect();
-    let config = checkpoint.config().unwrap_or(&Value::Null);
+    let implied = gguf::config(&checkpoint);
+    let config = checkpoint.config().or(implied.as_ref());
+    let config = config.unwrap_or(&Value::Null);
     let fields = [
         ("path", text(checkpoint.path()).encode(env)),
         ("total_bytes", checkpoint.total_bytes().encode(env)),
@@ -69,7 +72,7 @@ fn checkpoint_open<'a>(env: Env<'a>, path: String) -> Outcome<Term<'a>> {
 
 #[rustler::nif(schedule = "DirtyIo")]
 fn checkpoint_contents<'a>(env: Env<'a>, checkpoint: CheckpointRef) -> Outcome<Vec<Term<'a>>> {
-    let contents = unit::contents(&*checkpoint.0.get()?)?;
+    let contents = content::contents(&*checkpoint.0.get()?)?;
     Ok(contents
         .iter()
         .map(|c| {
@@ -101,17 +104,10 @@ fn checkpoint_get<'a>(
     checkpoint: CheckpointRef,
     name: String,
 ) -> Outcome<(Term<'a>, Term<'a>)> {
-    let checkpoint = checkpoint.0.get()?;
-    checkpoint.check_unchanged(&name).or_else(|e| match e {
-        // The weight of an AWQ module has no tensor of its own name.
-        Error::UnknownTensor { .. } => Ok(()),
-        e => Err(e),
-    })?;
-    if let Some(q) = unit::read_quantized(&checkpoint, &name)? {
-        return Ok((terms::atom(env, "quantized"), terms::quantized(env, q)?));
-    }
-    let tensor = checkpoint.tensor(&name)?;
-    Ok((terms::atom(env, "tensor"), terms::tensor(env, tensor)))
+    Ok(match content::read(&*checkpoint.0.get()?, &name)? {
+        Read::Quantized(q) => (terms::atom(env, "quantized"), terms::quantized(env, q)?),
+        Read::Dense(tensor) => (terms::atom(env, "tensor"), terms::tensor(env, tensor)),
+    })
 }
 
 #[rustler::nif]

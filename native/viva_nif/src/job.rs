@@ -45,7 +45,21 @@ fn plan_tensor<'a>(
 ) -> Outcome<Term<'a>> {
     let dtype = EntryDType::Known(DType::from_name(&dtype)?);
     let entries = target.0.entries(&name, dtype, &shape)?;
-    Ok(terms::map(env, &[("bytes", entries.nbytes()?.encode(env))]))
+    let format = &target.0.spec_for(&shape)?.format;
+    let fields = [
+        ("bytes", entries.nbytes()?.encode(env)),
+        ("format", terms::atom(env, format)),
+    ];
+    Ok(terms::map(env, &fields))
+}
+
+/// Whether the layout can hold the checkpoint; the name of the one file that it
+/// makes of it, or nil.
+#[rustler::nif(schedule = "DirtyIo")]
+fn plan_source(target: TargetRef, source: CheckpointRef) -> Outcome<Option<&'static str>> {
+    target.0.check_source(&*source.0.get()?)?;
+    let whole = target.0.layout.whole_file();
+    Ok(whole.map(|whole| whole.file_name()))
 }
 
 /// The config of the written directory, and the files that repeat it:
@@ -139,19 +153,15 @@ fn shard_create(
     let quantize = terms::atom(env, "quantize");
     let planned = tensors
         .into_iter()
-        .map(|(name, action)| {
-            let entry = source.entry(&name)?;
-            Ok(Planned {
-                dtype: entry.dtype,
-                shape: entry.shape.clone(),
-                quantize: action.to_term(env) == quantize,
-                name,
-            })
+        .map(|(name, action)| Planned {
+            quantize: action.to_term(env) == quantize,
+            name,
         })
-        .collect::<Result<Vec<_>, Error>>()?;
+        .collect();
     let path = with_output(&output, |o| Ok(o.path().join(&file)))?;
     let target = target.as_ref().map(|t| &t.0);
-    let shard = unit::create_shard(&path, target, planned, metadata.into_iter().collect())?;
+    let metadata = metadata.into_iter().collect();
+    let shard = unit::create_shard(&path, &source, target, planned, metadata)?;
     Ok(ShardRef::new(ShardResource(shard)))
 }
 
@@ -174,10 +184,12 @@ fn unit_keep<'a>(
     env: Env<'a>,
     source: CheckpointRef,
     name: String,
+    target: TargetRef,
     shard: ShardRef,
     cancel: CancelRef,
 ) -> Outcome<Term<'a>> {
-    let done = unit::keep_into(&*source.0.get()?, &name, &shard.0, &cancel.0)?;
+    let source = source.0.get()?;
+    let done = unit::keep_into(&source, &name, Some(&target.0), &shard.0, &cancel.0)?;
     Ok(done_map(env, &done))
 }
 

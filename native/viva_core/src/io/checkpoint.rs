@@ -116,6 +116,11 @@ impl Checkpoint {
         self.config.as_ref()
     }
 
+    /// What the file says beside its tensors, if it is a GGUF file.
+    pub fn gguf_metadata(&self) -> Option<&gguf::Metadata> {
+        self.shards.first()?.metadata().gguf()
+    }
+
     /// All entries, shard by shard in the order of their bytes: reading in this
     /// order reads every file once from front to back.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {

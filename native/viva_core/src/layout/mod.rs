@@ -4,6 +4,7 @@
 mod awq;
 mod bitsandbytes;
 mod compressed_tensors;
+pub mod gguf;
 mod gptq;
 mod mlx;
 
@@ -11,9 +12,10 @@ use std::borrow::Cow;
 
 use serde_json::{Value, json};
 
+use self::gguf::RowOrder;
 use crate::error::{Error, Result};
 use crate::format::{OptionValue, Quantized, Spec, spec};
-use crate::io::{EntryDType, FixedEntry, LateEntry};
+use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, LateEntry, Metadata};
 use crate::tensor::{DType, Tensor};
 
 /// What one quantized tensor adds to a file.
@@ -117,6 +119,38 @@ pub trait Layout: Send + Sync {
 
     /// Reads one of them back.
     fn read(&self, name: &str, source: &Source) -> Result<Quantized>;
+
+    /// What a tensor of this shape is quantized with: another spec than the
+    /// one asked for where the layout has a rule for shapes that it does not fit.
+    fn spec_for<'a>(&self, spec: &'a Spec, _shape: &[usize]) -> Result<Cow<'a, Spec>> {
+        Ok(Cow::Borrowed(spec))
+    }
+
+    /// What there is to know of a layout that is a file format of its own.
+    fn whole_file(&self) -> Option<&dyn WholeFile> {
+        None
+    }
+}
+
+/// A layout that is a file format of its own: one file holds a whole model, and
+/// names, order of rows and metadata of kept tensors too are as it spells them.
+pub trait WholeFile {
+    /// The name of that file.
+    fn file_name(&self) -> &'static str;
+
+    /// What the file says of the model, or what about the source has no
+    /// spelling; `spec` is that of most weights.
+    fn metadata(&self, source: &Checkpoint, spec: Option<&Spec>) -> Result<Metadata>;
+
+    /// How a tensor that is not quantized is stored; `None` for one that the
+    /// rest of the file implies.
+    fn kept(&self, source: &Checkpoint, entry: &Entry) -> Result<Option<FixedEntry>>;
+
+    /// The order in which it has the rows of a tensor, where it is another.
+    fn row_order(&self, source: &Checkpoint, entry: &Entry) -> Result<Option<RowOrder>>;
+
+    /// Tensors that it wants and the source says otherwise.
+    fn more(&self, source: &Checkpoint) -> Result<Vec<(FixedEntry, Vec<u8>)>>;
 }
 
 /// Every layout, in the order in which they are shown to users.
@@ -127,6 +161,7 @@ pub static LAYOUTS: &[&dyn Layout] = &[
     &gptq::V1,
     &gptq::V2,
     &mlx::Mlx,
+    &gguf::Gguf,
 ];
 
 /// The layout of that name, which may have underscores as Elixir's atoms do.
