@@ -2,6 +2,7 @@ defmodule VivaTensor.LayoutsTest do
   use ExUnit.Case, async: true
 
   alias VivaTensor.{Checkpoint, Job, Tensor}
+  alias VivaTensor.Test.Directory
 
   @model "examples/models/viva-tiny"
   @weight "model.layers.0.mlp.up_proj.weight"
@@ -17,9 +18,8 @@ defmodule VivaTensor.LayoutsTest do
   ]
 
   for {layout, format, options, alone} <- @cases do
-    @tag :tmp_dir
-    test "#{format} #{inspect(options)} in #{layout} comes back", %{tmp_dir: dir} do
-      to = Path.join(dir, "out")
+    test "#{format} #{inspect(options)} in #{layout} comes back" do
+      to = Path.join(Directory.create!(), "out")
       given = [source: @model, to: to, format: unquote(format), layout: unquote(layout)]
       {:ok, job} = Job.start(given ++ unquote(options))
       {:ok, _report} = Job.await(job, 60_000)

@@ -116,6 +116,24 @@ defmodule VivaTensorTest do
       end
     end
 
+    test "matmul as LLM.int8() keeps outliers apart" do
+      quantized = VivaTensor.quantize!(waves([24, 96]), :int8, scale: :absmax)
+      x = Tensor.from_list!([100.0 | List.duplicate(0.01, 95)], :f32, [1, 96])
+      [exact | _] = VivaTensor.matmul!(x, quantized) |> Tensor.to_list!()
+      [mixed | _] = VivaTensor.matmul!(x, quantized, compute: :llm_int8) |> Tensor.to_list!()
+      assert_in_delta mixed, exact, 0.001
+
+      for bad <- [:int8, nil] do
+        assert {:error, %Error{reason: {:invalid_option, %{option: "compute"}}}} =
+                 VivaTensor.matmul(x, quantized, compute: bad)
+      end
+
+      nf4 = VivaTensor.quantize!(waves([24, 96]), :nf4)
+
+      assert {:error, %Error{reason: {:invalid_option, _}}} =
+               VivaTensor.matmul(x, nf4, compute: :llm_int8)
+    end
+
     test "matmul equals the product with the dequantized weights" do
       x = waves([3, 2, 256])
       weights = waves([10, 256])

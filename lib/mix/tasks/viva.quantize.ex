@@ -17,11 +17,12 @@ defmodule Mix.Tasks.Viva.Quantize do
     * `--to DIR` - where to write; required
     * `--format F` - `int8`, `int4`, `nf4`, `fp8_e4m3` …, see `VivaTensor.formats/0`;
       required
-    * `--method rtn|mse` - round to nearest, or search the scales of lowest error
+    * `--method rtn|mse|hqq` - round to nearest, search the scales of lowest error,
+      or find float zero points by half-quadratic splitting (integers)
     * `--block-size N` - elements that share a scale
     * `--double-quant`, `--no-double-quant` - quantize the scales of nf4 and fp4
-    * `--layout bitsandbytes|awq|compressed-tensors|gguf` - how it is spelled on disk;
-      each format has its usual one
+    * `--layout bitsandbytes|awq|compressed-tensors|gptq|gptq_v2|mlx|gguf` - how it is
+      spelled on disk; each format has its usual one
     * `--include RE` - also quantize tensors whose name matches; may be repeated
     * `--exclude RE` - keep tensors whose name matches; may be repeated
     * `--non-finite error|keep` - a weight with NaN or infinities fails the job, or

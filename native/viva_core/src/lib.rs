@@ -5,7 +5,7 @@
 //!
 //! A **format** says how numbers are stored (`int8`, `nf4` …): **codes**, and
 //! for every **block** a **scale** and perhaps a **zero point**. A **method**
-//! says how they are chosen (`rtn`, `mse`). A **layout** says how a quantized
+//! says how they are chosen (`rtn`, `mse`, `hqq`). A **layout** says how a quantized
 //! tensor is spelled as named tensors in a file (`bitsandbytes`, `awq`).
 //!
 //! # Data flow
