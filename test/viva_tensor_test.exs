@@ -45,7 +45,8 @@ defmodule VivaTensorTest do
       for size <- [1, 15, 16, 17, 63, 64, 65, 1000], offset <- 0..3 do
         values = for i <- 1..size, do: i / 4
         bytes = for v <- values, into: <<>>, do: <<v::float-32-little>>
-        <<_::binary-size(offset), part::binary>> = <<0::size(offset)-unit(8), bytes::binary>>
+        padded = String.duplicate(<<0>>, offset) <> bytes
+        part = binary_part(padded, offset, byte_size(bytes))
         tensor = Tensor.from_binary!(part, :f32, [size])
         assert Tensor.to_list!(tensor) == values
         quantized = VivaTensor.quantize!(tensor, :int8)
