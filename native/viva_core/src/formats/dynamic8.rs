@@ -1,7 +1,7 @@
 //! 8-bit floats of bitsandbytes: blocks of any power of two under the signed
 //! dynamic map (`quantize_blockwise`), byte for byte as its CPU library does it.
 //!
-//! The tensor is cut, row after row, into blocks; value = map[code] · absmax.
+//! The tensor is cut, row after row, into blocks; value = map\[code\] · absmax.
 //! The last block may be short. No program stores weights of it in files: it
 //! is what optimizers keep their states in, and lives in dumps.
 

@@ -2,8 +2,8 @@
 //!
 //! | format | block | value |
 //! |---|---|---|
-//! | iq4_nl | 32 | table[code] · d |
-//! | iq4_xs | 256 | table[code] · d · (l − 32), a 6-bit l for 32 elements |
+//! | iq4_nl | 32 | table\[code\] · d |
+//! | iq4_xs | 256 | table\[code\] · d · (l − 32), a 6-bit l for 32 elements |
 
 use std::sync::LazyLock;
 

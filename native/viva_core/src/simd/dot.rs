@@ -39,7 +39,7 @@ impl Op for DotRows<'_> {
     }
 }
 
-/// out[i] = x row i · w, of 8-bit integers: exact, for rows of up to 2¹⁷.
+/// out\[i\] = x row i · w, of 8-bit integers: exact, for rows of up to 2¹⁷.
 pub struct DotInts<'a> {
     pub x: &'a [i8],
     pub w: &'a [i8],
