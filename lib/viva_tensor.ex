@@ -42,10 +42,12 @@ defmodule VivaTensor do
     * `:fp8_e4m3`, `:fp8_e5m2`: 8-bit floats; `block_size:` `:row` (default),
       `:tensor`, or a number that divides the rows; `scale_dtype:` as for `:int8`.
     * `:mxfp8`, `:mxfp8_e5m2`, `:mxfp4`: floats of the OCP's MX formats, a power of
-      two for 32 of them, chosen by `scale:` `:floor` (default, the OCP's and
-      ggml's rule), `:bump` (compressed-tensors') or `:round` (MLX's).
+      two for 32 of them, chosen by `scale:` `:floor` (default, the OCP's rule),
+      `:bump` (compressed-tensors') or `:round` (MLX's); for `:mxfp4` also `:ggml`,
+      equal to ggml byte for byte.
     * `:nvfp4`: 4-bit floats, an E4M3 scale for 16 of them and an f32 scale for the
-      tensor.
+      tensor: `scale:` `:step` (default, as compressed-tensors chooses it), `:floor`
+      for a power of two, or `:ggml`, equal to ggml, which has none.
     * `:q8_0`, `:q5_1`, `:q5_0`, `:q4_1`, `:q4_0`, `:iq4_nl` (rows of a multiple
       of 32) and `:q6_k`, `:q5_k`, `:q4_k`, `:q3_k`, `:q2_k`, `:iq4_xs` (of 256):
       no options but the method. With `:rtn` equal to ggml byte for byte.

@@ -40,6 +40,10 @@ FORMATS = {
     "iq4_xs": [0],
 }
 
+# Formats of small floats, with the bytes of scales of small floats in a block
+# and the greatest of them that is a number.
+SMALL_FLOATS = {"mxfp4": (1, 0xFE), "nvfp4": (4, 0x7E)}
+
 MODEL = pathlib.Path(__file__).parents[2] / "examples/models/viva-tiny/model.safetensors"
 
 
@@ -86,10 +90,26 @@ def random_blocks(name, rng):
     """Random bytes, but scales that are numbers."""
     block_len, block_bytes = gguf.GGML_QUANT_SIZES[qtype(name)]
     blocks = rng.integers(0, 256, (1024 // block_len, block_bytes), dtype=np.uint8)
-    for at in FORMATS[name]:
+    if name in SMALL_FLOATS:
+        scales, most = SMALL_FLOATS[name]
+        blocks[:, :scales] %= most + 1
+    for at in FORMATS.get(name, []):
         scales = rng.standard_normal(len(blocks)).astype(np.float16)
         blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(2, -1)
+
+
+def add(fixture, formats, rng):
+    for weight in [name for name in fixture if "/" not in name]:
+        for name in formats:
+            fixture[f"{weight}/{name}"] = libgguf.quantize_rows(fixture[weight], qtype(name))
+    for name in formats:
+        blocks = random_blocks(name, rng)
+        values = libgguf.dequantize_rows(blocks, qtype(name))
+        again = gguf.quants.dequantize(blocks, qtype(name)).astype(np.float32)
+        assert values.tobytes() == again.tobytes(), name
+        fixture[f"random/{name}"] = blocks
+        fixture[f"random/{name}/values"] = values
 
 
 def main(path):
@@ -101,16 +121,8 @@ def main(path):
         "viva-tiny": trained.float().numpy(),
         "edges": make_edges(rng),
     }
-    for weight in list(fixture):
-        for name in FORMATS:
-            fixture[f"{weight}/{name}"] = libgguf.quantize_rows(fixture[weight], qtype(name))
-    for name in FORMATS:
-        blocks = random_blocks(name, rng)
-        values = libgguf.dequantize_rows(blocks, qtype(name))
-        again = gguf.quants.dequantize(blocks, qtype(name))
-        assert values.tobytes() == again.tobytes(), name
-        fixture[f"random/{name}"] = blocks
-        fixture[f"random/{name}/values"] = values
+    add(fixture, FORMATS, rng)
+    add(fixture, SMALL_FLOATS, rng)
 
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("libgguf", "gguf", "numpy"))
     save_file(fixture, path, metadata={"made_with": versions})

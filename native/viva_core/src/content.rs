@@ -53,12 +53,16 @@ pub fn contents(source: &Checkpoint) -> Result<Vec<Content>> {
                     f.tensors.clone(),
                 )
             }
+            None if gguf::scaled_weight(source, entry).is_some() => continue,
             None => (
                 entry.name.clone(),
                 entry.dtype.name(),
                 matches!(entry.dtype, EntryDType::Ggml(_)).then_some("gguf"),
                 entry.shape.clone(),
-                vec![entry.name.clone()],
+                std::iter::once(entry)
+                    .chain(gguf::weight_scale(source, entry))
+                    .map(|e| e.name.clone())
+                    .collect(),
             ),
         };
         let nbytes = tensors
@@ -106,7 +110,7 @@ pub fn read(source: &Checkpoint, name: &str) -> Result<Read> {
     let entry = source.entry(&name)?;
     Ok(match entry.dtype {
         EntryDType::Ggml(ggml) => {
-            let q = gguf::quantized(entry, ggml, &source.byte_tensor(&name)?)?;
+            let q = gguf::quantized(source, entry, ggml)?;
             Read::Quantized(match order {
                 Some(order) => gguf::reordered(&name, q, order)?,
                 None => q,

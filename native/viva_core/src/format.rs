@@ -56,6 +56,9 @@ pub enum Scale {
     /// The power of two nearest, by its exponent, to the largest magnitude over
     /// the largest element, as MLX does.
     Round,
+    /// As ggml's quantizers of mxfp4 and nvfp4 choose it, with codes that take
+    /// the value nearer to zero of two as near.
+    Ggml,
 }
 
 /// What shifts the codes of an asymmetric integer format.
@@ -328,6 +331,7 @@ impl From<Scale> for OptionValue {
                 Scale::Floor => "floor",
                 Scale::Bump => "bump",
                 Scale::Round => "round",
+                Scale::Ggml => "ggml",
             }
             .into(),
         )

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::format::Spec;
 use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, ShardWriter};
-use crate::layout::gguf::RowOrder;
+use crate::layout::gguf::{self, RowOrder};
 use crate::layout::{Entries, Layout};
 use crate::ops::metrics::{self, Metrics};
 use crate::ops::{Cancel, pool, quantize};
@@ -156,15 +156,16 @@ pub fn quantize_into(
         let metrics = metrics::quantized(&tensor, &q, cancel)?;
         // The source is done with: its pages go before the output's arrive.
         source.give_back(name)?;
+        let bits_per_weight = q.bits_per_weight();
+        let q = match order {
+            Some(order) => gguf::reordered(name, q, order)?,
+            None => q,
+        };
         let mut output_bytes = 0;
         for (part, bytes) in target.layout.spell(name, &q)? {
             output_bytes += bytes.len();
             if late.iter().any(|l| l.name == part) {
                 shard.write_late(&part, &bytes)?;
-            } else if let Some(order) = order {
-                let row_bytes = bytes.len() / tensor.shape()[0].max(1);
-                let ordered = order.apply(&bytes, row_bytes);
-                write(shard, &part, ordered.as_ref(), cancel)?;
             } else {
                 write(shard, &part, &bytes, cancel)?;
             }
@@ -173,7 +174,7 @@ pub fn quantize_into(
             input_bytes: tensor.bytes().len(),
             output_bytes,
             elements: tensor.len(),
-            bits_per_weight: Some(q.bits_per_weight()),
+            bits_per_weight: Some(bits_per_weight),
             metrics: Some(metrics),
         })
     });

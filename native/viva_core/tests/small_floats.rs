@@ -22,16 +22,21 @@ fn magnitudes(format: &str) -> Vec<f32> {
     }
 }
 
-/// The code of the nearest magnitude, an even code of two as near.
-fn nearest(magnitudes: &[f32], v: f32) -> usize {
+/// The code of the nearest magnitude, of two as near that of lower rank.
+fn nearest_by(magnitudes: &[f32], v: f32, rank: impl Fn(usize) -> usize) -> usize {
     let v = f64::from(v.abs());
     let distance = |i: usize| (f64::from(magnitudes[i]) - v).abs();
     (0..magnitudes.len())
         .min_by(|&a, &b| {
             let by_distance = distance(a).partial_cmp(&distance(b)).unwrap();
-            by_distance.then((a % 2).cmp(&(b % 2)))
+            by_distance.then(rank(a).cmp(&rank(b)))
         })
         .unwrap()
+}
+
+/// The code of the nearest magnitude, an even code of two as near.
+fn nearest(magnitudes: &[f32], v: f32) -> usize {
+    nearest_by(magnitudes, v, |code| code % 2)
 }
 
 fn largest(x: &[f32]) -> f32 {
@@ -58,9 +63,23 @@ fn scale(spec: &Spec, magnitudes: &[f32], x: &[f32], whole: &[f32]) -> f32 {
     let most = largest(x);
     let top = *magnitudes.last().unwrap();
     match spec.format.as_str() {
+        // ggml rounds half up, and nothing to the first codes of a top binade
+        // that it leaves to the largest value.
+        "nvfp4" if spec.scale == Scale::Ggml => {
+            let scales = magnitudes_of_scales();
+            let code = match most / 6.0 {
+                v if v < 2f32.powi(-6) => ((f64::from(v) * 512.0 + 0.5) as usize).min(7),
+                v => nearest_by(&scales, v, |code| scales.len() - code),
+            };
+            scales[if code < 0x78 { code } else { 0x7e }]
+        }
         "nvfp4" => {
             let global = 1.0 / largest(whole).max(f32::MIN_POSITIVE) * 2688.0;
             let global = if global.is_finite() { global } else { 1.0 };
+            let global = match spec.scale {
+                Scale::Floor => binade(global) as f32,
+                _ => global,
+            };
             let scales = magnitudes_of_scales();
             let code = nearest(&scales, global * (most / 6.0));
             (if code == 0 { 0.125 } else { scales[code] }) / global
@@ -109,10 +128,12 @@ fn check(spec: &Spec, shape: &[usize], x: &[f32], random: &mut Random, digest: &
         for &v in part {
             let code = match scale {
                 0.0 => 0,
+                _ if spec.scale == Scale::Ggml => nearest_by(&magnitudes, v / scale, |code| code),
                 _ => nearest(&magnitudes, v / scale),
             };
-            // A negative zero is stored as a zero.
-            let sign = if v < 0.0 && scale != 0.0 { -1.0 } else { 1.0 };
+            // A negative zero is stored as a zero; ggml never stores one.
+            let zero = scale == 0.0 || (spec.scale == Scale::Ggml && code == 0);
+            let sign = if v < 0.0 && !zero { -1.0 } else { 1.0 };
             expected.push(magnitudes[code] * sign * scale);
         }
     }
@@ -153,7 +174,11 @@ fn specs(block: i64) -> Vec<Spec> {
 }
 
 fn mx_specs() -> Vec<Spec> {
-    let mut specs = vec![make("nvfp4", &[])];
+    let mut specs = Vec::new();
+    for rule in ["step", "floor", "ggml"] {
+        specs.push(make("nvfp4", &[("scale", name(rule))]));
+    }
+    specs.push(make("mxfp4", &[("scale", name("ggml"))]));
     for format in ["mxfp8", "mxfp8_e5m2", "mxfp4"] {
         for rule in ["floor", "bump", "round"] {
             specs.push(make(format, &[("scale", name(rule))]));

@@ -184,7 +184,8 @@ impl Format for Fp8 {
             Some(e) => vec![self.scale(spec, e.absmax()); x.len().div_ceil(block_len)],
             None => self.scales(spec, block_len, x)?,
         };
-        self.elements.encode(x, block_len, &scales, parts[0]);
+        self.elements
+            .encode(x, block_len, &scales, spec.scale, parts[0]);
         match extremes {
             Some(_) => Ok(()),
             None => narrow(spec.scale_dtype, &scales, parts[1]),

@@ -6,7 +6,7 @@
 //! | mxfp8, mxfp8_e5m2 | E4M3, E5M2 | 8.25 |
 //! | mxfp4 | E2M1, two a byte with the first in the low bits | 4.25 |
 //!
-//! The exponent follows from the block's largest magnitude by one of three
+//! The exponent follows from the block's largest magnitude by one of four
 //! rules, since programs differ: see [`Scale`]. The mse method tries that
 //! exponent and its two neighbours.
 
@@ -46,6 +46,18 @@ pub static MXFP4: Mx = Mx {
     elements: Elements::E2M1,
 };
 
+/// The greatest whole number up to log₂ `most`, where ggml has the logarithm in
+/// f32: the nearest below a power of two count as that power.
+fn log2_rounded_down(most: f32) -> i32 {
+    let most = f64::from(most);
+    let exponent = (most.to_bits() >> 52) as i32 - 1023;
+    let next = (exponent + 1) as f32;
+    // log₂(1 − δ) = −δ / ln 2, for δ far above its square.
+    let short = (1.0 - most / f64::from(next).exp2()) / std::f64::consts::LN_2;
+    let spacing = f64::from(next - next.next_down());
+    exponent + i32::from(short <= spacing / 2.0)
+}
+
 impl Mx {
     /// The code of a block's exponent.
     fn exponent(&self, rule: Scale, most: f32) -> u8 {
@@ -57,6 +69,10 @@ impl Mx {
             // Where the mantissa is 1.75 or more, elements with one bit of it
             // would round up to the next binade.
             Scale::Bump => ((bits + (1 << 21)) >> 23).saturating_sub(top),
+            Scale::Ggml => {
+                let exponent = 127 + log2_rounded_down(most);
+                (exponent.max(0) as u32).saturating_sub(top)
+            }
             // Up from √2 on.
             Scale::Round => ((most / largest).to_bits() + 0x004a_fb0c) >> 23,
             _ => (bits >> 23).saturating_sub(top),
@@ -76,11 +92,14 @@ impl Format for Mx {
 
     fn resolve(&self, options: &mut Options) -> Result<Spec> {
         let methods = [("rtn", Method::Rtn), ("mse", Method::Mse)];
-        let rules = [
+        let mut rules = vec![
             ("floor", Scale::Floor),
             ("bump", Scale::Bump),
             ("round", Scale::Round),
         ];
+        if self.elements == Elements::E2M1 {
+            rules.push(("ggml", Scale::Ggml));
+        }
         Ok(Spec {
             format: self.name.into(),
             method: options.take_name("method", &methods, Method::Rtn)?,
@@ -141,7 +160,8 @@ impl Format for Mx {
             }
         }
         let scales: Vec<f32> = exponents.iter().map(|&code| e8m0::decode(code)).collect();
-        self.elements.encode(x, block_len, &scales, codes);
+        self.elements
+            .encode(x, block_len, &scales, spec.scale, codes);
         Ok(())
     }
 
@@ -149,5 +169,30 @@ impl Format for Mx {
         let mut decoder = self.elements.decoder(q.part("codes")?, q.part("scales")?);
         decoder.block_len = BLOCK;
         Ok(Box::new(decoder))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logarithms_of_f32_round_up_to_whole_numbers() {
+        for (most, expected) in [
+            (1.0, 0),
+            (1.5, 0),
+            (0.75, -1),
+            // 2 − 8.6e−8 is nearer to the number below 2, 4 − 8.6e−8 to 4.
+            (4f32.next_down(), 1),
+            (16f32.next_down(), 4),
+            (0.125f32.next_down(), -3),
+            (0.125f32.next_down().next_down(), -4),
+            (1f32.next_down(), -1),
+            (f32::MAX, 128),
+            (f32::MIN_POSITIVE, -126),
+            (f32::from_bits(1), -149),
+        ] {
+            assert_eq!(log2_rounded_down(most), expected, "{most:e}");
+        }
     }
 }

@@ -1,9 +1,11 @@
 //! NVFP4: blocks of 16 E2M1 elements under an E4M3 scale, and one f32 scale
 //! for the tensor. value = element · (scale / global_scale).
 //!
-//! As compressed-tensors chooses them, global_scale = 448 · 6 / the tensor's
-//! largest magnitude, and scale = the block's largest magnitude / 6 ·
-//! global_scale, rounded; a scale of zero becomes 0.125. The mse method tries the
+//! As compressed-tensors chooses them (`step`), global_scale = 448 · 6 / the
+//! tensor's largest magnitude, and scale = the block's largest magnitude / 6 ·
+//! global_scale, rounded; a scale of zero becomes 0.125. `floor` rounds that
+//! global_scale down to a power of two, which can be divided by and multiplied
+//! with alike; ggml's own quantizer (`ggml`) does without one. The mse method tries the
 //! neighbours of that scale too, from the block's largest magnitude just past 6
 //! to below 4.
 
@@ -35,11 +37,37 @@ const LEAST: u8 = 0x20;
 /// The largest positive code.
 const MOST: i32 = 0x7e;
 
-fn global_scale(extremes: Extremes) -> f32 {
+fn global_scale(rule: Scale, extremes: Option<Extremes>) -> f32 {
+    // Not needed, and not there, where ggml chooses.
+    let Some(extremes) = extremes else {
+        return 1.0;
+    };
     // Two roundings, as torch divides a number by a tensor.
     let global = 1.0 / extremes.absmax().max(f32::MIN_POSITIVE) * (E4M3.max() * E2M1.max());
     // Where a tensor is so small that this overflows it keeps its own scale.
-    if global.is_finite() { global } else { 1.0 }
+    if !global.is_finite() {
+        return 1.0;
+    }
+    match rule {
+        // The power of two below: the exponent alone.
+        Scale::Floor => f32::from_bits(global.to_bits() & 0x7f80_0000),
+        _ => global,
+    }
+}
+
+/// The code of a scale as ggml rounds it: half up, subnormal codes up to the
+/// last of them; what would be 256 or more becomes the largest.
+fn ggml_scale(scale: f32) -> u8 {
+    let bits = scale.to_bits();
+    // From the bias of f32 to that of E4M3.
+    let rebias = 127 - 7;
+    if bits >> 23 <= rebias {
+        return ((scale * 512.0 + 0.5) as u8).min(7);
+    }
+    match ((bits + (1 << 19)) >> 20) - (rebias << 3) {
+        code @ ..0x78 => code as u8,
+        _ => MOST as u8,
+    }
 }
 
 impl Format for Nvfp4 {
@@ -53,13 +81,18 @@ impl Format for Nvfp4 {
 
     fn resolve(&self, options: &mut Options) -> Result<Spec> {
         let methods = [("rtn", Method::Rtn), ("mse", Method::Mse)];
+        let rules = [
+            ("step", Scale::Step),
+            ("floor", Scale::Floor),
+            ("ggml", Scale::Ggml),
+        ];
         Ok(Spec {
             format: self.name().into(),
             method: options.take_name("method", &methods, Method::Rtn)?,
             granularity: Granularity::Block(BLOCK),
             symmetric: true,
             zero: Zero::Integer,
-            scale: Scale::Step,
+            scale: options.take_name("scale", &rules, Scale::Step)?,
             scale_dtype: DType::F8E4M3,
             double_quant: false,
             act_order: false,
@@ -67,7 +100,7 @@ impl Format for Nvfp4 {
     }
 
     fn options(&self, spec: &Spec) -> Vec<(&'static str, OptionValue)> {
-        vec![("method", spec.method.into())]
+        vec![("method", spec.method.into()), ("scale", spec.scale.into())]
     }
 
     fn check_shape(&self, _spec: &Spec, shape: &[usize]) -> Result<()> {
@@ -93,8 +126,8 @@ impl Format for Nvfp4 {
         ])
     }
 
-    fn needs_extremes(&self, _spec: &Spec) -> bool {
-        true
+    fn needs_extremes(&self, spec: &Spec) -> bool {
+        spec.scale != Scale::Ggml
     }
 
     fn encode(
@@ -105,15 +138,18 @@ impl Format for Nvfp4 {
         x: &[f32],
         parts: &mut [&mut [u8]],
     ) -> Result<()> {
-        let ([codes, scales, ..], Some(extremes)) = (parts, extremes) else {
+        let [codes, scales, ..] = parts else {
             return Ok(());
         };
-        let global = global_scale(extremes);
+        let global = global_scale(spec.scale, extremes);
         let value = |code: u8| E4M3_VALUES[usize::from(code)] / global;
         for (scale, most) in scales.iter_mut().zip(absmax(x, block_len)) {
-            *scale = match E4M3.encode(global * (most / E2M1.max())) {
-                0 => LEAST,
-                code => code,
+            *scale = match spec.scale {
+                Scale::Ggml => ggml_scale(most / E2M1.max()),
+                _ => match E4M3.encode(global * (most / E2M1.max())) {
+                    0 => LEAST,
+                    code => code,
+                },
             };
         }
         if spec.method == Method::Mse {
@@ -128,19 +164,18 @@ impl Format for Nvfp4 {
             }
         }
         let values: Vec<f32> = scales.iter().map(|&code| value(code)).collect();
-        ELEMENTS.encode(x, block_len, &values, codes);
+        ELEMENTS.encode(x, block_len, &values, spec.scale, codes);
         Ok(())
     }
 
     fn finish(
         &self,
-        _spec: &Spec,
+        spec: &Spec,
         extremes: Option<Extremes>,
         mut working: Vec<(&'static str, Tensor)>,
     ) -> Result<Vec<(&'static str, Tensor)>> {
-        if let Some(extremes) = extremes {
-            working[2].1 = Tensor::from_slice(DType::F32, &[1], &[global_scale(extremes)])?;
-        }
+        let global = [global_scale(spec.scale, extremes)];
+        working[2].1 = Tensor::from_slice(DType::F32, &[1], &global)?;
         Ok(working)
     }
 

@@ -1,9 +1,9 @@
 //! What the formats of scaled small floats share: value = element · scale.
 
 use crate::error::{Error, Result};
-use crate::format::{Decode, Part};
+use crate::format::{Decode, Part, Scale};
 use crate::simd::nibble::{self, Order};
-use crate::simd::small_float::{self, BlockAbsmax, Encode, Search};
+use crate::simd::small_float::{self, BlockAbsmax, Encode, EncodeTowardZero, Search};
 use crate::simd::{Isa, Op, codebook, dispatch};
 use crate::small_float::{E2M1, E2M1_VALUES, E4M3, E4M3_VALUES, E5M2, E5M2_VALUES, SmallFloat};
 use crate::tensor::{DType, Tensor};
@@ -48,17 +48,24 @@ impl Elements {
         }
     }
 
-    /// Writes the codes of `x` under one scale a block.
-    pub fn encode(self, x: &[f32], block_len: usize, scales: &[f32], out: &mut [u8]) {
+    /// Writes the codes of `x` under one scale a block, which was chosen by
+    /// `rule`.
+    pub fn encode(self, x: &[f32], block_len: usize, scales: &[f32], rule: Scale, out: &mut [u8]) {
         let float = self.float();
-        let encode = |codes: &mut [u8]| {
-            dispatch(Encode {
+        let encode = |codes: &mut [u8]| match rule {
+            Scale::Ggml => dispatch(EncodeTowardZero {
+                x,
+                block_len,
+                scales,
+                codes,
+            }),
+            _ => dispatch(Encode {
                 float,
                 x,
                 block_len,
                 scales,
                 codes,
-            });
+            }),
         };
         if self.bits() == 8 {
             return encode(out);

@@ -73,6 +73,44 @@ impl Op for Encode<'_> {
     }
 }
 
+/// Codes of E2M1 for whole blocks, one a byte, where of two values as near the
+/// one nearer to zero is taken, and zero has no sign: as ggml does. A scale of
+/// zero makes codes of zero.
+pub struct EncodeTowardZero<'a> {
+    pub x: &'a [f32],
+    pub block_len: usize,
+    pub scales: &'a [f32],
+    pub codes: &'a mut [u8],
+}
+
+/// Halfway between the magnitudes of E2M1.
+const MIDPOINTS: [f32; 7] = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0];
+
+impl Op for EncodeTowardZero<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) {
+        let blocks = self
+            .x
+            .chunks(self.block_len)
+            .zip(self.codes.chunks_mut(self.block_len));
+        for ((x, codes), &scale) in blocks.zip(self.scales) {
+            if scale == 0.0 {
+                codes.fill(0);
+                continue;
+            }
+            // Exact: scales have at most four bits of mantissa.
+            let midpoints = MIDPOINTS.map(|m| m * scale);
+            for (code, &v) in codes.iter_mut().zip(x) {
+                let magnitude: u8 = midpoints.iter().map(|&m| u8::from(v.abs() > m)).sum();
+                let sign = u8::from(v < -midpoints[0]) << 3;
+                *code = magnitude | sign;
+            }
+        }
+    }
+}
+
 /// Which of its candidate scales gives each block the least squared error; the
 /// first of equals.
 pub struct Search<'a> {

@@ -133,6 +133,8 @@ pub fn every_spec() -> Vec<Spec> {
         make("mxfp4", &[("scale", name("round")), mse()]),
         make("nvfp4", &[]),
         make("nvfp4", &[mse()]),
+        make("mxfp4", &[("scale", name("ggml"))]),
+        make("nvfp4", &[("scale", name("ggml"))]),
         make("q8_0", &[]),
         make("q4_0", &[mse()]),
         make("q5_1", &[]),

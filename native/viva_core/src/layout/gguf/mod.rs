@@ -1,9 +1,11 @@
 //! GGUF: one file with a whole Llama, as llama.cpp loads and runs it.
 //!
-//! Blocks of ggml's formats stand in the file as they are in memory. Around
-//! them everything has llama.cpp's spelling: the names, the order of the rows
-//! of queries and keys, hyper-parameters and tokenizer as metadata.
+//! Blocks of ggml's formats stand in the file as they are in memory, but for two
+//! formats: see `blocks`. Around them everything has llama.cpp's spelling: the
+//! names, the order of the rows of queries and keys, hyper-parameters and
+//! tokenizer as metadata.
 
+mod blocks;
 mod llama;
 mod names;
 mod rows;
@@ -16,13 +18,15 @@ use serde_json::{Value as Json, json};
 
 use super::{Entries, Found, Layout, Source, Spelled, WholeFile, invalid, refuse};
 use crate::error::{Error, Result};
-use crate::format::{OptionValue, Quantized, Spec, spec};
-use crate::formats::ggml_types::GgmlType;
+use crate::format::{OptionValue, Quantized, Spec};
 use crate::io::gguf::{Metadata, Value};
 use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::DType;
 
-pub use rows::RowOrder;
+use self::blocks::block_type;
+
+pub use self::blocks::{quantized, scaled_weight, weight_scale};
+pub use self::rows::RowOrder;
 
 pub struct Gguf;
 
@@ -64,13 +68,6 @@ const FALLBACKS: [(&str, &str); 6] = [
     ("iq4_xs", "iq4_nl"),
 ];
 
-/// ggml's type of a format whose blocks are stored as ggml has them.
-fn block_type(spec: &Spec) -> Option<&'static GgmlType> {
-    let ggml = GgmlType::by_name(&spec.format)?;
-    let parts = spec.format().ok()?.parts(spec, &[ggml.block_len]).ok()?;
-    matches!(&parts[..], [part] if part.name == BLOCKS).then_some(ggml)
-}
-
 impl Layout for Gguf {
     fn name(&self) -> &'static str {
         "gguf"
@@ -80,8 +77,8 @@ impl Layout for Gguf {
         "ggml's blocks in one GGUF file with tokenizer, as llama.cpp runs Llamas"
     }
 
-    fn defaults(&self, _format: &str) -> Vec<(String, OptionValue)> {
-        Vec::new()
+    fn defaults(&self, format: &str) -> Vec<(String, OptionValue)> {
+        blocks::defaults(format)
     }
 
     fn check(&self, spec: &Spec) -> Result<()> {
@@ -114,18 +111,24 @@ impl Layout for Gguf {
         if shape.len() != 2 {
             return Err(refuse(self, spec, "its quantized weights are matrices"));
         }
+        let dtype = EntryDType::Ggml(ggml);
+        // Blocks may be longer than what the format divides rows into.
+        dtype.nbytes(shape)?;
+        let name = in_file(name)?;
         let mut entries = Entries::default();
+        if let Some(scale) = blocks::scale_name(spec, &name) {
+            entries.fixed(scale, DType::F32, vec![1]);
+        }
         entries.fixed.push(FixedEntry {
-            name: in_file(name)?,
-            dtype: EntryDType::Ggml(ggml),
+            name,
+            dtype,
             shape: shape.to_vec(),
         });
         Ok(entries)
     }
 
     fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
-        let blocks = q.part(BLOCKS)?.bytes();
-        Ok(vec![(in_file(name)?, Cow::Borrowed(blocks))])
+        blocks::spell(name, q)
     }
 
     fn config(&self, _spec: &Spec, _config: &mut Json, _kept: &[String]) {}
@@ -307,34 +310,17 @@ pub fn config(source: &Checkpoint) -> Option<Json> {
     Some(config)
 }
 
-/// The quantized tensor that an entry of ggml's blocks is, as it is in the file.
-pub fn quantized(entry: &Entry, ggml: &GgmlType, bytes: &Tensor) -> Result<Quantized> {
-    let spec = spec(ggml.name, Vec::new())?;
-    let parts = spec.format()?.parts(&spec, &entry.shape)?;
-    let [part] = &parts[..] else {
-        return Err(invalid(
-            &entry.name,
-            format!("{} is not stored in blocks here", ggml.name),
-        ));
-    };
-    let q = Quantized {
-        parts: vec![(part.name, bytes.reshaped(part.shape.clone())?)],
-        spec,
-        shape: entry.shape.clone(),
-        // ggml computes with it in f32.
-        dtype: DType::F32,
-    };
-    q.validate()?;
-    Ok(q)
-}
-
 /// The same weights with their rows in another order.
 pub fn reordered(name: &str, mut q: Quantized, order: RowOrder) -> Result<Quantized> {
-    if q.shape.len() != 2 {
+    let [rows, _] = q.shape[..] else {
         return Err(invalid(name, "is a quantized projection, and no matrix"));
-    }
-    for (_, part) in &mut q.parts {
-        *part = order.tensor(part)?;
+    };
+    let declared = q.spec.format()?.parts(&q.spec, &q.shape)?;
+    for ((_, part), declared) in q.parts.iter_mut().zip(declared) {
+        // What belongs to the whole tensor stays.
+        if declared.block_bits > 0 {
+            *part = order.parts_of_rows(part, rows)?;
+        }
     }
     Ok(q)
 }

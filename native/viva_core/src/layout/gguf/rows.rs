@@ -64,8 +64,12 @@ impl RowOrder {
 
     /// Puts the rows of a tensor in order.
     pub fn tensor(self, tensor: &Tensor) -> Result<Tensor> {
-        let rows = tensor.shape().first().copied().unwrap_or(1).max(1);
-        let buffer = self.apply(tensor.bytes(), tensor.bytes().len() / rows);
+        self.parts_of_rows(tensor, tensor.shape().first().copied().unwrap_or(1))
+    }
+
+    /// Puts what `rows` rows have each, in whole bytes, in order.
+    pub(super) fn parts_of_rows(self, tensor: &Tensor, rows: usize) -> Result<Tensor> {
+        let buffer = self.apply(tensor.bytes(), tensor.bytes().len() / rows.max(1));
         Tensor::from_buffer(tensor.dtype(), tensor.shape().to_vec(), buffer)
     }
 }
