@@ -1,0 +1,3 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| viva_core_fuzz::open("fuzzed.safetensors", data));
