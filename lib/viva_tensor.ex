@@ -48,6 +48,11 @@ defmodule VivaTensor do
     * `:nvfp4`: 4-bit floats, an E4M3 scale for 16 of them and an f32 scale for the
       tensor: `scale:` `:step` (default, as compressed-tensors chooses it), `:floor`
       for a power of two, or `:ggml`, equal to ggml, which has none.
+    * `:sparse24`: 2:4 sparsity, two of every four weights of a row; `values:`
+      `:source` (default: floats of the tensor's dtype), `:f32`, `:f16`, `:bf16`,
+      `:int8` or `:fp8_e4m3`, the last two with `block_size:` `:row` (default) or
+      `:tensor` and `scale_dtype:` (`:f32`). The greatest magnitudes stay;
+      `sparsify/2` chooses others.
     * `:q8_0`, `:q5_1`, `:q5_0`, `:q4_1`, `:q4_0`, `:iq4_nl` (rows of a multiple
       of 32) and `:q6_k`, `:q5_k`, `:q4_k`, `:q3_k`, `:q2_k`, `:iq4_xs` (of 256):
       no options but the method. With `:rtn` equal to ggml byte for byte.
@@ -83,6 +88,43 @@ defmodule VivaTensor do
   @doc "Like `quantize/3`, but raises `VivaTensor.Error`."
   @spec quantize!(Tensor.t(), atom, keyword) :: Quantized.t()
   def quantize!(tensor, format, options \\ []), do: Error.bang!(quantize(tensor, format, options))
+
+  @doc """
+  A float tensor with zeros for two of every four weights of its rows: 2:4
+  sparsity, which `quantize(t, :sparse24)` then stores whole.
+
+  Options: `scores:` a float tensor of the same shape, of which the two greatest
+  magnitudes of four say which weights stay; by default the tensor itself.
+
+      iex> t = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 0.75], :f32, [1, 4])
+      iex> t |> VivaTensor.sparsify!() |> VivaTensor.Tensor.to_list!()
+      [0.0, -1.0, 0.0, 0.75]
+      iex> scores = VivaTensor.Tensor.from_list!([2, 0, 1, 0], :f32, [1, 4])
+      iex> sparse = VivaTensor.sparsify!(t, scores: scores)
+      iex> sparse |> VivaTensor.quantize!(:sparse24) |> VivaTensor.dequantize!() |> VivaTensor.Tensor.to_list!()
+      [0.5, 0.0, 0.25, 0.0]
+
+  ## Errors
+
+  `:indivisible` where four do not divide the rows, `:shape_mismatch`,
+  `:non_finite`, `:unsupported_dtype`.
+  """
+  @spec sparsify(Tensor.t(), scores: Tensor.t()) :: {:ok, Tensor.t()} | {:error, Error.t()}
+  def sparsify(%Tensor{ref: ref} = tensor, options \\ []) do
+    with {:ok, [%Tensor{ref: scores}]} <- take(:sparsify, options, scores: tensor) do
+      ref |> Native.tensor_sparsify(scores) |> Tensor.wrap(:sparsify)
+    else
+      {:ok, [other]} ->
+        Error.option(:sparsify, "scores", "expected a tensor, got #{inspect(other)}")
+
+      error ->
+        error
+    end
+  end
+
+  @doc "Like `sparsify/2`, but raises `VivaTensor.Error`."
+  @spec sparsify!(Tensor.t(), scores: Tensor.t()) :: Tensor.t()
+  def sparsify!(tensor, options \\ []), do: Error.bang!(sparsify(tensor, options))
 
   @doc """
   The values of a quantized tensor, each computed in f32 and rounded once.

@@ -30,6 +30,7 @@ defmodule VivaTensor.Native do
     tensor_to_binary: [:tensor],
     tensor_to_list: [:tensor],
     tensor_cast: [:tensor, :dtype],
+    tensor_sparsify: [:x, :scores],
     tensor_metrics: [:x, :y],
     tensor_release: [:tensor],
     quantize: [:tensor, :format, :options],

@@ -21,6 +21,7 @@ defmodule Mix.Tasks.Viva.Quantize do
       or find float zero points by half-quadratic splitting (integers)
     * `--block-size N` - elements that share a scale
     * `--double-quant`, `--no-double-quant` - quantize the scales of nf4 and fp4
+    * `--values source|f32|f16|bf16|int8|fp8_e4m3` - what sparse24 keeps its weights as
     * `--layout bitsandbytes|awq|compressed-tensors|gptq|gptq_v2|mlx|gguf` - how it is
       spelled on disk; each format has its usual one
     * `--include RE` - also quantize tensors whose name matches; may be repeated
@@ -37,6 +38,7 @@ defmodule Mix.Tasks.Viva.Quantize do
 
       mix viva.quantize examples/models/viva-tiny --to viva-tiny-nf4 --format nf4 --double-quant
       mix viva.quantize model.safetensors --to out --format int8 --exclude 'layers\\.0\\.'
+      mix viva.quantize ~/models/llama --to llama-24 --format sparse24 --values fp8_e4m3
       mix viva.quantize ~/models/llama --to llama-gguf --format q4_k --layout gguf
       mix viva.quantize ~/models/llama --to llama-awq --format int4 --method mse --memory-limit 2GB
 

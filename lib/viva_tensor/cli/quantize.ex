@@ -17,6 +17,7 @@ defmodule VivaTensor.CLI.Quantize do
     method: :string,
     block_size: :integer,
     double_quant: :boolean,
+    values: :string,
     layout: :string,
     include: [:string, :keep],
     exclude: [:string, :keep],
@@ -29,7 +30,7 @@ defmodule VivaTensor.CLI.Quantize do
   ]
 
   # Options whose values the library takes as atoms.
-  @names [:format, :method, :layout, :non_finite]
+  @names [:format, :method, :values, :layout, :non_finite]
 
   @doc "Reads the flags: everything about them that needs no running application."
   @spec parse([String.t()]) :: {:ok, keyword} | :help | {:error, String.t()}

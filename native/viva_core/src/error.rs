@@ -52,7 +52,7 @@ pub enum Error {
 
     /// Rows that the block size does not divide.
     #[error(
-        "rows of {row} elements cannot be cut into blocks of {block}; choose a block_size that divides {row}"
+        "rows of {row} elements cannot be cut into blocks of {block}; choose a block_size that divides {row}, or a format whose blocks do"
     )]
     Indivisible { row: usize, block: usize },
 

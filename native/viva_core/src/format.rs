@@ -4,6 +4,8 @@
 //! scalar code is its definition: every kernel gives the same bits. Operations
 //! know formats only through the two traits here.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -72,6 +74,32 @@ pub enum Zero {
     Float,
 }
 
+/// What a sparse format keeps its weights as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Values {
+    /// Floats of the dtype that is quantized.
+    #[default]
+    Source,
+    F32,
+    F16,
+    Bf16,
+    Int8,
+    Fp8E4m3,
+}
+
+impl Values {
+    /// What users call them.
+    pub const NAMES: [(&'static str, Values); 6] = [
+        ("source", Values::Source),
+        ("f32", Values::F32),
+        ("f16", Values::F16),
+        ("bf16", Values::Bf16),
+        ("int8", Values::Int8),
+        ("fp8_e4m3", Values::Fp8E4m3),
+    ];
+}
+
 /// A format with every choice made: what [`Format::resolve`] returns, what a
 /// quantized tensor carries, and what is written into a dump.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,12 +117,22 @@ pub struct Spec {
     /// in which GPTQ took them, instead of one after the other.
     #[serde(default)]
     pub act_order: bool,
+    #[serde(default)]
+    pub values: Values,
 }
 
 impl Spec {
     /// The registry's entry for this spec.
     pub fn format(&self) -> Result<&'static dyn Format> {
         format(&self.format)
+    }
+
+    /// The spec with the choices that follow the dtype of a tensor.
+    pub fn for_dtype(&self, dtype: DType) -> Result<Cow<'_, Spec>> {
+        Ok(match self.format()?.spec_for(self, dtype) {
+            Some(spec) => Cow::Owned(spec),
+            None => Cow::Borrowed(self),
+        })
     }
 
     /// Elements that share one scale in a tensor of this shape. Blocks lie in
@@ -213,6 +251,11 @@ pub trait Format: Send + Sync {
     /// The spec as the options that would give it again.
     fn options(&self, spec: &Spec) -> Vec<(&'static str, OptionValue)>;
 
+    /// The spec for tensors of this dtype, where it is another one.
+    fn spec_for(&self, _spec: &Spec, _dtype: DType) -> Option<Spec> {
+        None
+    }
+
     /// Whether a tensor of this shape can be cut as the spec says.
     fn check_shape(&self, spec: &Spec, shape: &[usize]) -> Result<()>;
 
@@ -319,6 +362,13 @@ impl From<Zero> for OptionValue {
             }
             .into(),
         )
+    }
+}
+
+impl From<Values> for OptionValue {
+    fn from(values: Values) -> OptionValue {
+        let name = Values::NAMES.iter().find(|(_, v)| *v == values);
+        OptionValue::Name(name.map_or("source", |(name, _)| name).into())
     }
 }
 
@@ -433,6 +483,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &formats::mx::MXFP8_E5M2,
     &formats::mx::MXFP4,
     &formats::nvfp4::NVFP4,
+    &formats::sparse24::SPARSE24,
     Blocks::<q_blocks::Q8_0>::FORMAT,
     Blocks::<q_blocks::Q5_1>::FORMAT,
     Blocks::<q_blocks::Q5_0>::FORMAT,

@@ -2,7 +2,7 @@
 
 use rustler::{Atom, Binary, Encoder, Env, Term, TermType};
 use viva_core::Error;
-use viva_core::ops::{Cancel, cast, metrics};
+use viva_core::ops::{Cancel, cast, metrics, sparsity};
 use viva_core::tensor::{Buffer, DType, Tensor, element_count, narrow, widen};
 
 use crate::error::Outcome;
@@ -170,6 +170,19 @@ fn tensor_cast<'a>(env: Env<'a>, tensor: TensorRef, dtype: Name) -> Outcome<Term
         len,
         |bytes| Tensor::new(dtype, shape, bytes, 0..len),
         |out| cast::cast_into(&tensor, dtype, out, &Cancel::new()),
+    )?;
+    Ok(terms::tensor(env, result))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn tensor_sparsify<'a>(env: Env<'a>, x: TensorRef, scores: TensorRef) -> Outcome<Term<'a>> {
+    let (x, scores) = (x.0.get()?, scores.0.get()?);
+    let len = x.bytes().len();
+    let result = tensor_from_binary(
+        env,
+        len,
+        |bytes| Tensor::new(x.dtype(), x.shape().to_vec(), bytes, 0..len),
+        |out| sparsity::sparsify_into(&x, &scores, out, &Cancel::new()),
     )?;
     Ok(terms::tensor(env, result))
 }

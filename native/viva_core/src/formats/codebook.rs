@@ -13,7 +13,7 @@ use std::sync::LazyLock;
 use crate::error::{Error, Result};
 use crate::format::{
     Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
-    Quantized, Scale, Spec, Zero,
+    Quantized, Scale, Spec, Values, Zero,
 };
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
 use crate::simd::codebook::{Codebook, Encode, decode_run};
@@ -117,6 +117,7 @@ impl Format for Codebook4 {
             scale_dtype: DType::F32,
             double_quant: options.take_bool("double_quant", false)?,
             act_order: false,
+            values: Values::Source,
         })
     }
 

@@ -8,7 +8,7 @@
 use crate::error::{Error, Result};
 use crate::format::{
     Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
-    Quantized, Scale, Spec, Zero,
+    Quantized, Scale, Spec, Values, Zero,
 };
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
 use crate::simd::dispatch;
@@ -54,6 +54,7 @@ impl Format for Dynamic8 {
             scale_dtype: DType::F32,
             double_quant: false,
             act_order: false,
+            values: Values::Source,
         })
     }
 

@@ -9,7 +9,7 @@ use super::scaled::{Elements, absmax, check_rows};
 use crate::error::{Error, Result};
 use crate::format::{
     Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
-    Quantized, Scale, Spec, Zero,
+    Quantized, Scale, Spec, Values, Zero,
 };
 use crate::simd::int::round_scale;
 use crate::tensor::{DType, Tensor, element_count, narrow};
@@ -128,6 +128,7 @@ impl Format for Fp8 {
             scale_dtype: options.take_name("scale_dtype", &dtypes, DType::F32)?,
             double_quant: false,
             act_order: false,
+            values: Values::Source,
         })
     }
 

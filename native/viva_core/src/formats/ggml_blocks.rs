@@ -15,7 +15,7 @@ use half::f16;
 use crate::error::{Error, Result};
 use crate::format::{
     Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
-    Spec, Zero,
+    Spec, Values, Zero,
 };
 use crate::formats::ggml_types::GgmlType;
 use crate::method::mse::ROUND;
@@ -106,6 +106,7 @@ impl<B: Block> Format for Blocks<B> {
             scale_dtype: DType::F16,
             double_quant: false,
             act_order: false,
+            values: Values::Source,
         })
     }
 

@@ -22,7 +22,7 @@ mod decode;
 use crate::error::{Error, Result};
 use crate::format::{
     Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
-    Quantized, Scale, Spec, Zero,
+    Quantized, Scale, Spec, Values, Zero,
 };
 use crate::simd::affine;
 use crate::simd::bits;
@@ -263,6 +263,7 @@ impl Format for Int {
             scale_dtype,
             double_quant: false,
             act_order,
+            values: Values::Source,
         })
     }
 

@@ -14,3 +14,4 @@ pub mod mx;
 pub mod nvfp4;
 pub mod q_blocks;
 mod scaled;
+pub mod sparse24;

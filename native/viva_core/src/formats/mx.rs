@@ -14,7 +14,7 @@ use super::scaled::{Elements, absmax, check_rows};
 use crate::error::Result;
 use crate::format::{
     Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
-    Spec, Zero,
+    Spec, Values, Zero,
 };
 use crate::small_float::e8m0;
 use crate::tensor::{DType, element_count};
@@ -110,6 +110,7 @@ impl Format for Mx {
             scale_dtype: DType::F8E8M0,
             double_quant: false,
             act_order: false,
+            values: Values::Source,
         })
     }
 

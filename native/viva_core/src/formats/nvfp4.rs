@@ -13,7 +13,7 @@ use super::scaled::{Elements, absmax, check_rows};
 use crate::error::Result;
 use crate::format::{
     Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
-    Spec, Zero,
+    Spec, Values, Zero,
 };
 use crate::small_float::{E2M1, E4M3, E4M3_VALUES};
 use crate::tensor::{DType, Tensor, element_count};
@@ -96,6 +96,7 @@ impl Format for Nvfp4 {
             scale_dtype: DType::F8E4M3,
             double_quant: false,
             act_order: false,
+            values: Values::Source,
         })
     }
 

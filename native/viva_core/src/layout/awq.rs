@@ -13,7 +13,7 @@ use super::{
     set_config,
 };
 use crate::error::Result;
-use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Zero};
+use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Values, Zero};
 use crate::ops::pool;
 use crate::ops::transpose::transpose;
 use crate::simd::nibble::{self, Order};
@@ -199,6 +199,7 @@ impl Layout for Awq {
             scale_dtype: DType::F16,
             double_quant: false,
             act_order: false,
+            values: Values::Source,
         };
         let codes = unpack_words(out, columns, qweight.bytes())?;
         let zeros = unpack_words(out, groups, qzeros.bytes())?;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{Entries, Found, Layout, Source, Spelled, expect, invalid, module, refuse, set_config};
 use crate::error::{Error, Result};
-use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Zero};
+use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Values, Zero};
 use crate::formats::codebook;
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
 use crate::io::LateEntry;
@@ -339,6 +339,7 @@ fn read_4bit(name: &str, quant_type: &str, state: &Tensor, source: &Source) -> R
         scale_dtype: DType::F32,
         double_quant,
         act_order: false,
+        values: Values::Source,
     };
     same_map(
         name,
@@ -414,6 +415,7 @@ fn read_int8(name: &str, source: &Source) -> Result<Quantized> {
             scale_dtype: DType::F32,
             double_quant: false,
             act_order: false,
+            values: Values::Source,
         },
         shape: codes.shape().to_vec(),
         // bitsandbytes keeps no dtype: it computes in 16 bits.

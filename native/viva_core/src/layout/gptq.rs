@@ -19,7 +19,7 @@ use super::{
     set_config,
 };
 use crate::error::Result;
-use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Zero};
+use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Values, Zero};
 use crate::formats::int;
 use crate::ops::transpose::transpose;
 use crate::simd::bits;
@@ -324,6 +324,7 @@ impl Layout for Gptq {
             scale_dtype: DType::F16,
             double_quant: false,
             act_order: !in_order,
+            values: Values::Source,
         };
         let declared = spec.format()?.parts(&spec, &[out, columns])?;
         let made = |i: usize, bytes: &[u8]| {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{Entries, Found, Layout, Source, Spelled, invalid, module, refuse, set_config};
 use crate::error::Result;
-use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Zero};
+use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Values, Zero};
 use crate::formats::int;
 use crate::tensor::{DType, Tensor};
 
@@ -140,6 +140,7 @@ impl Layout for Mlx {
             scale_dtype: scales.dtype(),
             double_quant: false,
             act_order: false,
+            values: Values::Source,
         };
         if !matches!(scales.dtype(), DType::F32 | DType::F16 | DType::BF16) {
             return Err(invalid(

@@ -9,6 +9,7 @@ pub mod matmul;
 pub mod metrics;
 pub mod pool;
 pub mod quantize;
+pub mod sparsity;
 pub mod transpose;
 
 use std::sync::Arc;

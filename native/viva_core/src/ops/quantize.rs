@@ -23,6 +23,7 @@ pub fn quantize(x: &Tensor, spec: &Spec, cancel: &Cancel) -> Result<Quantized> {
             dtype: x.dtype().name().into(),
         });
     }
+    let spec = &*spec.for_dtype(x.dtype())?;
     let format = spec.format()?;
     format.check_shape(spec, x.shape())?;
     let working = format.working_parts(spec, x.shape())?;
@@ -146,7 +147,7 @@ fn extremes(x: &Tensor, cancel: &Cancel) -> Result<Extremes> {
         )
 }
 
-fn count_non_finite(x: &Tensor) -> Option<Error> {
+pub(super) fn count_non_finite(x: &Tensor) -> Option<Error> {
     let mut scratch = Vec::new();
     let (mut nan, mut inf, mut first) = (0, 0, None);
     for start in (0..x.len()).step_by(CHUNK) {

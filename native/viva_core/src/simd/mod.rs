@@ -14,6 +14,7 @@ pub mod dot;
 pub mod int;
 pub mod nibble;
 pub mod small_float;
+pub mod sparsity;
 pub mod stats;
 pub mod vector;
 #[cfg(target_arch = "x86_64")]

@@ -24,6 +24,8 @@ impl Golden {
             safetensors::Dtype::F32 => DType::F32,
             safetensors::Dtype::F16 => DType::F16,
             safetensors::Dtype::BF16 => DType::BF16,
+            safetensors::Dtype::F8_E4M3 => DType::F8E4M3,
+            safetensors::Dtype::I64 => DType::I64,
             safetensors::Dtype::I32 => DType::I32,
             safetensors::Dtype::I8 => DType::I8,
             safetensors::Dtype::U32 => DType::U32,

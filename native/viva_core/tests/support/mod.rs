@@ -135,6 +135,18 @@ pub fn every_spec() -> Vec<Spec> {
         make("nvfp4", &[mse()]),
         make("mxfp4", &[("scale", name("ggml"))]),
         make("nvfp4", &[("scale", name("ggml"))]),
+        make("sparse24", &[]),
+        make("sparse24", &[("values", name("f16"))]),
+        make("sparse24", &[("values", name("int8")), mse()]),
+        make(
+            "sparse24",
+            &[("values", name("int8")), tensor(), scale_dtype("f16")],
+        ),
+        make(
+            "sparse24",
+            &[("values", name("fp8_e4m3")), scale_dtype("bf16")],
+        ),
+        make("sparse24", &[("values", name("fp8_e4m3")), tensor()]),
         make("q8_0", &[]),
         make("q4_0", &[mse()]),
         make("q5_1", &[]),

@@ -9,6 +9,7 @@
 //! | nvfp4-pack-quantized | nvfp4 | `weight_packed` u8 [out, in/2]; `weight_scale` F8_E4M3 [out, in/16]; `weight_global_scale` f32 [1] |
 //! | mxfp4-pack-quantized | mxfp4 | `weight_packed` u8 [out, in/2]; `weight_scale` u8 [out, in/32] |
 //! | mxfp8-quantized | mxfp8 | `weight` F8_E4M3; `weight_scale` u8 [out, in/32] |
+//! | sparse-24-bitmask | sparse24 | those of `sparse24` |
 //!
 //! `weight_scale` is [1], [out, 1] or [out, groups]. Integers are stored without
 //! their offset where they have a byte of their own, and with it where they are
@@ -16,6 +17,7 @@
 
 mod config;
 mod pack;
+mod sparse24;
 
 use std::borrow::Cow;
 
@@ -23,7 +25,7 @@ use serde_json::{Value, json};
 
 use super::{Entries, Found, Layout, Source, Spelled, expect, invalid, module, refuse, set_config};
 use crate::error::{Error, Result};
-use crate::format::{self, Granularity, Method, OptionValue, Quantized, Scale, Spec, Zero};
+use crate::format::{self, Granularity, Method, OptionValue, Quantized, Scale, Spec, Values, Zero};
 use crate::formats::{mx, nvfp4};
 use crate::tensor::{DType, Tensor};
 
@@ -113,7 +115,7 @@ impl CompressedTensors {
             refuse(
                 self,
                 spec,
-                "it holds fp8_e4m3, mxfp8, mxfp4, nvfp4 and integers with scales in steps and integer zero points",
+                "it holds fp8_e4m3, mxfp8, mxfp4, nvfp4, sparse24 and integers with scales in steps and integer zero points",
             )
         })
     }
@@ -125,7 +127,7 @@ impl Layout for CompressedTensors {
     }
 
     fn about(&self) -> &'static str {
-        "fp8, MX, NVFP4 and integers, as vLLM and transformers load them"
+        "fp8, MX, NVFP4, integers and 2:4 sparsity, as vLLM and transformers load them"
     }
 
     /// Scales in 16 bits, since transformers rounds them to the model's dtype
@@ -145,16 +147,23 @@ impl Layout for CompressedTensors {
     }
 
     fn check(&self, spec: &Spec) -> Result<()> {
-        self.kind(spec).map(drop)
+        match sparse24::holds(spec) {
+            true => Ok(()),
+            false => self.kind(spec).map(drop),
+        }
     }
 
-    fn entries(&self, spec: &Spec, name: &str, shape: &[usize], _dtype: DType) -> Result<Entries> {
-        let kind = self.kind(spec)?;
+    fn entries(&self, spec: &Spec, name: &str, shape: &[usize], dtype: DType) -> Result<Entries> {
+        self.check(spec)?;
         let module = module(name)?;
         let &[out, columns] = shape else {
             return Err(refuse(self, spec, "its weights are matrices"));
         };
         spec.format()?.check_shape(spec, shape)?;
+        if sparse24::holds(spec) {
+            return sparse24::entries(&*spec.for_dtype(dtype)?, module, [out, columns]);
+        }
+        let kind = self.kind(spec)?;
         let groups = groups(spec, columns);
         let bits = width(&spec.format).unwrap_or(8);
         let (dtype, last) = match kind {
@@ -193,8 +202,11 @@ impl Layout for CompressedTensors {
     }
 
     fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
-        let kind = self.kind(&q.spec)?;
         let module = module(name)?;
+        if sparse24::holds(&q.spec) {
+            return sparse24::spell(module, q);
+        }
+        let kind = self.kind(&q.spec)?;
         let named = |suffix: &str| format!("{module}.{suffix}");
         let (out, columns) = (q.shape[0], q.shape[1]);
         let bits = width(&q.spec.format).unwrap_or(8);
@@ -235,6 +247,9 @@ impl Layout for CompressedTensors {
     }
 
     fn config(&self, spec: &Spec, config: &mut Value, kept: &[String]) {
+        if sparse24::holds(spec) {
+            return set_config(config, sparse24::quantization_config(spec, kept));
+        }
         let Some(kind) = Kind::of(spec) else {
             return;
         };
@@ -252,6 +267,13 @@ impl Layout for CompressedTensors {
     fn find(&self, has: &dyn Fn(&str) -> bool, all: &[&str]) -> Vec<Found> {
         all.iter()
             .filter_map(|tensor| {
+                if let Some(module) = sparse24::module_of(tensor, has) {
+                    return Some(Found {
+                        name: format!("{module}.weight"),
+                        layout: "compressed-tensors",
+                        tensors: sparse24::tensors(module, has),
+                    });
+                }
                 let module = tensor.strip_suffix(".weight_scale")?;
                 let with = |suffix: &str| format!("{module}.{suffix}");
                 (has(&with("weight")) || has(&with("weight_packed"))).then(|| Found {
@@ -264,13 +286,18 @@ impl Layout for CompressedTensors {
     }
 
     fn describe(&self, name: &str, source: &Source) -> Result<(String, Vec<usize>)> {
+        if let Some(q) = sparse24::read(name, source)? {
+            return Ok((q.spec.format, q.shape));
+        }
         let stored = Stored::open(name, source)?;
         Ok((stored.format()?.into(), stored.shape()?.to_vec()))
     }
 
     fn read(&self, name: &str, source: &Source) -> Result<Quantized> {
-        let stored = Stored::open(name, source)?;
-        let q = stored.read(source.config)?;
+        let q = match sparse24::read(name, source)? {
+            Some(q) => q,
+            None => Stored::open(name, source)?.read(source.config)?,
+        };
         q.validate()?;
         Ok(q)
     }
@@ -465,6 +492,7 @@ impl<'a> Stored<'a> {
             scale_dtype,
             double_quant: false,
             act_order: false,
+            values: Values::Source,
         };
         let scales = if is_mx {
             Tensor::from_slice(DType::F8E8M0, scales.shape(), scales.bytes())?
