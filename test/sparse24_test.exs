@@ -80,7 +80,7 @@ defmodule VivaTensor.Sparse24Test do
           {&VivaTensor.sparsify(&1, scores: 1), "scores"},
           {&VivaTensor.sparsify(&1, mask: 1), "mask"},
           {&VivaTensor.quantize(&1, :sparse24, values: :int4), "values"},
-          {&VivaTensor.quantize(&1, :sparse24, method: :mse), "method"},
+          {&VivaTensor.quantize(&1, :sparse24, method: :hqq), "method"},
           {&VivaTensor.quantize(&1, :sparse24, block_size: :row), "block_size"},
           {&VivaTensor.quantize(&1, :sparse24, values: :int8, block_size: 2), "block_size"}
         ] do

@@ -99,7 +99,9 @@ defmodule VivaTensorTest do
         quantized = VivaTensor.quantize!(tensor, format, method: method)
         assert quantized.options.method == method
         metrics = VivaTensor.metrics!(tensor, quantized)
-        assert metrics.sqnr_db > 2.5 * metrics.bits_per_weight
+        # Dropping half of the weights costs what no bits buy back.
+        least = if format == :sparse24, do: 8.5, else: 2.5 * metrics.bits_per_weight
+        assert metrics.sqnr_db > least
         assert metrics.bits_per_weight == quantized.bits_per_weight
 
         assert_in_delta metrics.bound_distance_db,

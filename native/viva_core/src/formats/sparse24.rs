@@ -109,13 +109,11 @@ impl Format for Sparse24 {
         let values = options.take_name("values", &Values::NAMES, Values::Source)?;
         let method = options.take_name("method", &methods, Method::Rtn)?;
         let Kept::Quantized(format) = Kept::of(values) else {
-            return match method {
-                Method::Rtn => Ok(floats(values)),
-                _ => Err(Error::option(
-                    "method",
-                    "mse searches scales, which values int8 and fp8_e4m3 have",
-                )),
-            };
+            // Floats have no scale to search: either method finds them exact.
+            return Ok(Spec {
+                method,
+                ..floats(values)
+            });
         };
         let block_size = match options.take("block_size") {
             None => OptionValue::Name("row".into()),
@@ -162,7 +160,10 @@ impl Format for Sparse24 {
             (Values::Source, _) => Values::Bf16,
             _ => return None,
         };
-        Some(floats(values))
+        Some(Spec {
+            values,
+            ..spec.clone()
+        })
     }
 
     fn check_shape(&self, _spec: &Spec, shape: &[usize]) -> Result<()> {
