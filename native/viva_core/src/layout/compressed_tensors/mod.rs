@@ -127,7 +127,7 @@ impl Layout for CompressedTensors {
     }
 
     fn about(&self) -> &'static str {
-        "fp8, MX, NVFP4, integers and 2:4 sparsity, as vLLM and transformers load them"
+        "fp8, MX, NVFP4 and integers, as vLLM and transformers load them; 2:4 sparsity"
     }
 
     /// Scales in 16 bits, since transformers rounds them to the model's dtype

@@ -1,6 +1,6 @@
 //! compressed-tensors' `sparse-24-bitmask`, alone or of codes that
 //! `int-quantized` and `float-quantized` made. Its version 0.14 was the last that
-//! wrote and read it; vLLM reads it too.
+//! wrote and read it; vLLM's releases of that time read it too.
 //!
 //! | tensor | what |
 //! |---|---|
