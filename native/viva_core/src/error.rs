@@ -68,6 +68,12 @@ pub enum Error {
     )]
     ScaleOverflow { scale: f32, dtype: String },
 
+    /// Activations whose Gram matrix no damping makes invertible.
+    #[error(
+        "the Gram matrix of the activations is singular even with a damping of {damping}; record more, and more varied, activations"
+    )]
+    SingularHessian { damping: f32 },
+
     /// A tensor or quantized weight that was released.
     #[error("the tensor was released; make it again before use")]
     Released,

@@ -99,6 +99,18 @@ impl Values {
         ("fp8_e4m3", Values::Fp8E4m3),
     ];
 }
+/// What is done to activations before they meet the codes, which stand for
+/// weights that had the inverse done to them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Input {
+    /// A Hadamard rotation comes first.
+    pub rotated: bool,
+    /// Each column is multiplied by its element of the part `input_scale`.
+    pub scaled: bool,
+}
+
+/// The part that [`Input::scaled`] adds to those of the format.
+pub const INPUT_SCALE: &str = "input_scale";
 
 /// A format with every choice made: what [`Format::resolve`] returns, what a
 /// quantized tensor carries, and what is written into a dump.
@@ -119,6 +131,7 @@ pub struct Spec {
     pub act_order: bool,
     #[serde(default)]
     pub values: Values,
+    pub input: Input,
 }
 
 impl Spec {
@@ -133,6 +146,21 @@ impl Spec {
             Some(spec) => Cow::Owned(spec),
             None => Cow::Borrowed(self),
         })
+    }
+
+    /// The parts of a quantized tensor of this shape: those of the format, and
+    /// what its input asks for.
+    pub fn parts(&self, shape: &[usize]) -> Result<Vec<Part>> {
+        let mut parts = self.format()?.parts(self, shape)?;
+        if self.input.scaled {
+            parts.push(Part {
+                name: INPUT_SCALE,
+                dtype: DType::F32,
+                shape: vec![shape.last().copied().unwrap_or(1)],
+                block_bits: 0,
+            });
+        }
+        Ok(parts)
     }
 
     /// Elements that share one scale in a tensor of this shape. Blocks lie in
@@ -193,7 +221,7 @@ impl Quantized {
     pub fn validate(&self) -> Result<()> {
         let format = self.spec.format()?;
         format.check_shape(&self.spec, &self.shape)?;
-        let declared = format.parts(&self.spec, &self.shape)?;
+        let declared = self.spec.parts(&self.shape)?;
         for part in &declared {
             let tensor = self.part(part.name)?;
             if tensor.dtype() != part.dtype || tensor.shape() != part.shape {
@@ -299,8 +327,43 @@ pub trait Format: Send + Sync {
         Ok(())
     }
 
+    /// The format as a grid, for methods that choose codes one column after the
+    /// other.
+    ///
+    /// # Errors
+    /// `InvalidOption` where codes and scales are not independent enough.
+    fn grid<'a>(
+        &'a self,
+        spec: &'a Spec,
+        _extremes: Option<Extremes>,
+    ) -> Result<Box<dyn Grid + 'a>> {
+        Err(Error::option(
+            "method",
+            format!(
+                "gptq rounds to integers, nf4, fp4, fp8, mxfp4, mxfp8 and nvfp4, not {}",
+                spec.format
+            ),
+        ))
+    }
+
     /// A decoder over a validated quantized tensor.
     fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>>;
+}
+
+/// A format whose codes are rounded one by one under scales chosen before.
+pub trait Grid: Sync {
+    /// Scale and zero point of whole blocks, as they will be stored; formats
+    /// without a zero point leave it.
+    fn fit(&self, x: &[f32], block_len: usize, scales: &mut [f32], zeros: &mut [f32])
+    -> Result<()>;
+
+    /// Codes and their values, each element under a scale and zero point of its
+    /// own.
+    fn round(&self, x: &[f32], scales: &[f32], zeros: &[f32], codes: &mut [u8], values: &mut [f32]);
+
+    /// The bytes of the working parts, in their order, from one code a byte and
+    /// the scales and zero points of all blocks; [`Format::finish`] has the rest.
+    fn store(&self, codes: &[u8], scales: &[f32], zeros: &[f32]) -> Result<Vec<Vec<u8>>>;
 }
 
 /// Reads elements back.

@@ -29,6 +29,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod calibration;
 pub mod content;
 pub mod error;
 pub mod format;

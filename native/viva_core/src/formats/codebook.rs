@@ -12,11 +12,11 @@ use std::sync::LazyLock;
 
 use crate::error::{Error, Result};
 use crate::format::{
-    Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
-    Quantized, Scale, Spec, Values, Zero,
+    Decode, Extremes, Format, Granularity, Grid, Input, MAX_BLOCK, Method, OptionValue, Options,
+    Part, Quantized, Scale, Spec, Values, Zero,
 };
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
-use crate::simd::codebook::{Codebook, Encode, decode_run};
+use crate::simd::codebook::{Codebook, Encode, LEAST, decode_run};
 use crate::simd::nibble::{self, Order};
 use crate::simd::{Isa, Op, dispatch};
 use crate::tensor::{DType, Tensor, element_count, narrow};
@@ -118,6 +118,7 @@ impl Format for Codebook4 {
             double_quant: options.take_bool("double_quant", false)?,
             act_order: false,
             values: Values::Source,
+            input: Input::default(),
         })
     }
 
@@ -227,6 +228,14 @@ impl Format for Codebook4 {
         Ok(working)
     }
 
+    fn grid<'a>(
+        &'a self,
+        spec: &'a Spec,
+        _extremes: Option<Extremes>,
+    ) -> Result<Box<dyn Grid + 'a>> {
+        Ok(Box::new(CodebookGrid { format: self, spec }))
+    }
+
     fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>> {
         let absmax = if q.spec.double_quant {
             Absmax::Nested {
@@ -243,6 +252,52 @@ impl Format for Codebook4 {
             codes: q.part("codes")?.bytes(),
             absmax,
         }))
+    }
+}
+
+struct CodebookGrid<'a> {
+    format: &'a Codebook4,
+    spec: &'a Spec,
+}
+
+impl Grid for CodebookGrid<'_> {
+    fn fit(
+        &self,
+        x: &[f32],
+        block_len: usize,
+        scales: &mut [f32],
+        _zeros: &mut [f32],
+    ) -> Result<()> {
+        let mut codes = vec![0u8; x.len()];
+        dispatch(Encode {
+            book: &self.format.book,
+            search: self.spec.method == Method::Mse,
+            block_len,
+            x,
+            codes: &mut codes,
+            absmax: scales,
+        });
+        Ok(())
+    }
+
+    fn round(
+        &self,
+        x: &[f32],
+        scales: &[f32],
+        _zeros: &[f32],
+        codes: &mut [u8],
+        values: &mut [f32],
+    ) {
+        for (((&x, &scale), code), value) in x.iter().zip(scales).zip(codes).zip(values) {
+            *code = self.format.book.code(x * (1.0 / scale.max(LEAST)));
+            *value = self.format.table[usize::from(*code)] * scale;
+        }
+    }
+
+    fn store(&self, codes: &[u8], scales: &[f32], _zeros: &[f32]) -> Result<Vec<Vec<u8>>> {
+        let mut packed = vec![0u8; codes.len().div_ceil(2)];
+        nibble::pack(Order::HighFirst, codes, &mut packed);
+        Ok(vec![packed, bytemuck::cast_slice(scales).to_vec()])
     }
 }
 

@@ -7,7 +7,7 @@
 
 use crate::error::{Error, Result};
 use crate::format::{
-    Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
+    Decode, Extremes, Format, Granularity, Input, MAX_BLOCK, Method, OptionValue, Options, Part,
     Quantized, Scale, Spec, Values, Zero,
 };
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
@@ -55,6 +55,7 @@ impl Format for Dynamic8 {
             double_quant: false,
             act_order: false,
             values: Values::Source,
+            input: Input::default(),
         })
     }
 

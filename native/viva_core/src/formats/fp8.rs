@@ -8,8 +8,8 @@
 use super::scaled::{Elements, absmax, check_rows};
 use crate::error::{Error, Result};
 use crate::format::{
-    Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
-    Quantized, Scale, Spec, Values, Zero,
+    Decode, Extremes, Format, Granularity, Grid, Input, MAX_BLOCK, Method, OptionValue, Options,
+    Part, Quantized, Scale, Spec, Values, Zero,
 };
 use crate::simd::int::round_scale;
 use crate::tensor::{DType, Tensor, element_count, narrow};
@@ -129,6 +129,7 @@ impl Format for Fp8 {
             double_quant: false,
             act_order: false,
             values: Values::Source,
+            input: Input::default(),
         })
     }
 
@@ -209,11 +210,69 @@ impl Format for Fp8 {
         Ok(working)
     }
 
+    fn grid<'a>(
+        &'a self,
+        spec: &'a Spec,
+        extremes: Option<Extremes>,
+    ) -> Result<Box<dyn Grid + 'a>> {
+        Ok(Box::new(Fp8Grid {
+            format: self,
+            spec,
+            extremes,
+        }))
+    }
+
     fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>> {
         let mut decoder = self.elements.decoder(q.part("codes")?, q.part("scales")?);
         if q.spec.granularity != Granularity::Tensor {
             decoder.block_len = q.spec.block_len(&q.shape).max(1);
         }
         Ok(Box::new(decoder))
+    }
+}
+
+struct Fp8Grid<'a> {
+    format: &'a Fp8,
+    spec: &'a Spec,
+    extremes: Option<Extremes>,
+}
+
+impl Grid for Fp8Grid<'_> {
+    fn fit(
+        &self,
+        x: &[f32],
+        block_len: usize,
+        scales: &mut [f32],
+        _zeros: &mut [f32],
+    ) -> Result<()> {
+        match self.extremes {
+            Some(e) => scales.fill(self.format.scale(self.spec, e.absmax())),
+            None => scales.copy_from_slice(&self.format.scales(self.spec, block_len, x)?),
+        }
+        Ok(())
+    }
+
+    fn round(
+        &self,
+        x: &[f32],
+        scales: &[f32],
+        _zeros: &[f32],
+        codes: &mut [u8],
+        values: &mut [f32],
+    ) {
+        self.format
+            .elements
+            .round(x, scales, self.spec.scale, codes, values);
+    }
+
+    fn store(&self, codes: &[u8], scales: &[f32], _zeros: &[f32]) -> Result<Vec<Vec<u8>>> {
+        let codes = self.format.elements.pack(codes);
+        if self.extremes.is_some() {
+            // One scale, which follows from them.
+            return Ok(vec![codes]);
+        }
+        let mut bytes = vec![0u8; scales.len() * self.spec.scale_dtype.size()];
+        narrow(self.spec.scale_dtype, scales, &mut bytes)?;
+        Ok(vec![codes, bytes])
     }
 }

@@ -14,8 +14,8 @@ use half::f16;
 
 use crate::error::{Error, Result};
 use crate::format::{
-    Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
-    Spec, Values, Zero,
+    Decode, Extremes, Format, Granularity, Input, Method, OptionValue, Options, Part, Quantized,
+    Scale, Spec, Values, Zero,
 };
 use crate::formats::ggml_types::GgmlType;
 use crate::method::mse::ROUND;
@@ -107,6 +107,7 @@ impl<B: Block> Format for Blocks<B> {
             double_quant: false,
             act_order: false,
             values: Values::Source,
+            input: Input::default(),
         })
     }
 

@@ -18,11 +18,12 @@
 //! of that row, as GPTQ stores weights that it took in another order.
 
 mod decode;
+mod grid;
 
 use crate::error::{Error, Result};
 use crate::format::{
-    Decode, Extremes, Format, Granularity, MAX_BLOCK, Method, OptionValue, Options, Part,
-    Quantized, Scale, Spec, Values, Zero,
+    self, Decode, Extremes, Format, Granularity, Input, MAX_BLOCK, Method, OptionValue, Options,
+    Part, Quantized, Scale, Spec, Values, Zero,
 };
 use crate::simd::affine;
 use crate::simd::bits;
@@ -164,6 +165,60 @@ impl Int {
                 .rtn(spec.scale_dtype, extremes.min, extremes.max),
         }
     }
+
+    /// Codes, one a byte, scales, and zero points or biases of whole blocks.
+    fn choose(
+        &self,
+        spec: &Spec,
+        block_len: usize,
+        extremes: Option<Extremes>,
+        x: &[f32],
+        (codes, scales, zeros, biases): (&mut [u8], &mut [f32], &mut [u8], &mut [f32]),
+    ) -> Result<()> {
+        let grid = self.grid(spec.symmetric);
+        if spec.zero == Zero::Float {
+            dispatch(affine::Encode {
+                method: spec.method,
+                top: grid.hi as f32,
+                dtype: spec.scale_dtype,
+                block_len,
+                x,
+                codes,
+                scales,
+                biases,
+            });
+        } else {
+            dispatch(Encode {
+                grid,
+                choice: match (extremes, spec.scale, spec.method) {
+                    (Some(e), Scale::Absmax, _) => {
+                        Choice::FixedAbsmax(self.tensor_fit(spec, e).scale)
+                    }
+                    (Some(e), ..) => Choice::Fixed(self.tensor_fit(spec, e)),
+                    (None, Scale::Absmax, _) => Choice::Absmax,
+                    (None, _, Method::Mse) => Choice::Mse(spec.scale_dtype),
+                    (None, ..) => Choice::Rtn(spec.scale_dtype),
+                },
+                block_len,
+                x,
+                codes,
+                scales,
+                zeros,
+            });
+        }
+        let mut finite = scales.iter().zip(biases.iter());
+        match finite.position(|(s, b)| !(s.is_finite() && b.is_finite())) {
+            None => Ok(()),
+            Some(block) => Err(self.overflow(
+                spec,
+                extremes.unwrap_or_else(|| {
+                    let end = x.len().min((block + 1) * block_len);
+                    let (min, max) = dispatch(RangeWithZero(&x[block * block_len..end]));
+                    Extremes { min, max }
+                }),
+            )),
+        }
+    }
 }
 
 fn take_granularity(options: &mut Options, default: Granularity) -> Result<Granularity> {
@@ -264,6 +319,7 @@ impl Format for Int {
             double_quant: false,
             act_order,
             values: Values::Source,
+            input: Input::default(),
         })
     }
 
@@ -364,46 +420,8 @@ impl Format for Int {
             8 => &mut *parts[0],
             _ => &mut unpacked[..],
         };
-        let grid = self.grid(spec.symmetric);
-        if spec.zero == Zero::Float {
-            dispatch(affine::Encode {
-                method: spec.method,
-                top: grid.hi as f32,
-                dtype: spec.scale_dtype,
-                block_len,
-                x,
-                codes,
-                scales: &mut scales,
-                biases: &mut biases,
-            });
-        } else {
-            dispatch(Encode {
-                grid,
-                choice: match (extremes, spec.scale, spec.method) {
-                    (Some(e), Scale::Absmax, _) => {
-                        Choice::FixedAbsmax(self.tensor_fit(spec, e).scale)
-                    }
-                    (Some(e), ..) => Choice::Fixed(self.tensor_fit(spec, e)),
-                    (None, Scale::Absmax, _) => Choice::Absmax,
-                    (None, _, Method::Mse) => Choice::Mse(spec.scale_dtype),
-                    (None, ..) => Choice::Rtn(spec.scale_dtype),
-                },
-                block_len,
-                x,
-                codes,
-                scales: &mut scales,
-                zeros: &mut zeros,
-            });
-        }
-        let finite = |block: &usize| scales[*block].is_finite() && biases[*block].is_finite();
-        if let Some(block) = (0..blocks).find(|b| !finite(b)) {
-            let extremes = extremes.unwrap_or_else(|| {
-                let end = x.len().min((block + 1) * block_len);
-                let (min, max) = dispatch(RangeWithZero(&x[block * block_len..end]));
-                Extremes { min, max }
-            });
-            return Err(self.overflow(spec, extremes));
-        }
+        let chosen = (codes, &mut scales[..], &mut zeros[..], &mut biases[..]);
+        self.choose(spec, block_len, extremes, x, chosen)?;
         if self.bits < 8 {
             bits::pack(self.bits, &unpacked, parts[0]);
         }
@@ -466,6 +484,14 @@ impl Format for Int {
                 message: format!("group_index[{at}] is none of {groups} groups"),
             }),
         }
+    }
+
+    fn grid<'a>(
+        &'a self,
+        spec: &'a Spec,
+        extremes: Option<Extremes>,
+    ) -> Result<Box<dyn format::Grid + 'a>> {
+        Ok(Box::new(grid::IntGrid::new(self, spec, extremes)?))
     }
 
     fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>> {

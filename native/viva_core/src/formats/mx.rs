@@ -13,11 +13,11 @@
 use super::scaled::{Elements, absmax, check_rows};
 use crate::error::Result;
 use crate::format::{
-    Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
-    Spec, Values, Zero,
+    Decode, Extremes, Format, Granularity, Grid, Input, Method, OptionValue, Options, Part,
+    Quantized, Scale, Spec, Values, Zero,
 };
 use crate::small_float::e8m0;
-use crate::tensor::{DType, element_count};
+use crate::tensor::{DType, element_count, narrow};
 
 /// Elements that share an exponent.
 pub const BLOCK: usize = 32;
@@ -79,6 +79,24 @@ impl Mx {
         };
         code.min(254) as u8
     }
+
+    /// The exponent of each block.
+    fn exponents(&self, spec: &Spec, block_len: usize, x: &[f32], exponents: &mut [u8]) {
+        for (exponent, most) in exponents.iter_mut().zip(absmax(x, block_len)) {
+            *exponent = self.exponent(spec.scale, most);
+        }
+        if spec.method == Method::Mse {
+            let tried = |code: u8| [code, code.saturating_sub(1), (code + 1).min(254)];
+            let candidates: Vec<f32> = exponents
+                .iter()
+                .flat_map(|&code| tried(code).map(e8m0::decode))
+                .collect();
+            let best = self.elements.search(x, block_len, &candidates, 3);
+            for (exponent, best) in exponents.iter_mut().zip(best) {
+                *exponent = tried(*exponent)[usize::from(best)];
+            }
+        }
+    }
 }
 
 impl Format for Mx {
@@ -111,6 +129,7 @@ impl Format for Mx {
             double_quant: false,
             act_order: false,
             values: Values::Source,
+            input: Input::default(),
         })
     }
 
@@ -146,30 +165,67 @@ impl Format for Mx {
         let [codes, exponents] = parts else {
             return Ok(());
         };
-        for (exponent, most) in exponents.iter_mut().zip(absmax(x, block_len)) {
-            *exponent = self.exponent(spec.scale, most);
-        }
-        if spec.method == Method::Mse {
-            let tried = |code: u8| [code, code.saturating_sub(1), (code + 1).min(254)];
-            let candidates: Vec<f32> = exponents
-                .iter()
-                .flat_map(|&code| tried(code).map(e8m0::decode))
-                .collect();
-            let best = self.elements.search(x, block_len, &candidates, 3);
-            for (exponent, best) in exponents.iter_mut().zip(best) {
-                *exponent = tried(*exponent)[usize::from(best)];
-            }
-        }
+        self.exponents(spec, block_len, x, exponents);
         let scales: Vec<f32> = exponents.iter().map(|&code| e8m0::decode(code)).collect();
         self.elements
             .encode(x, block_len, &scales, spec.scale, codes);
         Ok(())
     }
 
+    fn grid<'a>(
+        &'a self,
+        spec: &'a Spec,
+        _extremes: Option<Extremes>,
+    ) -> Result<Box<dyn Grid + 'a>> {
+        Ok(Box::new(MxGrid { format: self, spec }))
+    }
+
     fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>> {
         let mut decoder = self.elements.decoder(q.part("codes")?, q.part("scales")?);
         decoder.block_len = BLOCK;
         Ok(Box::new(decoder))
+    }
+}
+
+struct MxGrid<'a> {
+    format: &'a Mx,
+    spec: &'a Spec,
+}
+
+impl Grid for MxGrid<'_> {
+    fn fit(
+        &self,
+        x: &[f32],
+        block_len: usize,
+        scales: &mut [f32],
+        _zeros: &mut [f32],
+    ) -> Result<()> {
+        let mut exponents = vec![0u8; scales.len()];
+        self.format
+            .exponents(self.spec, block_len, x, &mut exponents);
+        for (scale, exponent) in scales.iter_mut().zip(exponents) {
+            *scale = e8m0::decode(exponent);
+        }
+        Ok(())
+    }
+
+    fn round(
+        &self,
+        x: &[f32],
+        scales: &[f32],
+        _zeros: &[f32],
+        codes: &mut [u8],
+        values: &mut [f32],
+    ) {
+        self.format
+            .elements
+            .round(x, scales, self.spec.scale, codes, values);
+    }
+
+    fn store(&self, codes: &[u8], scales: &[f32], _zeros: &[f32]) -> Result<Vec<Vec<u8>>> {
+        let mut exponents = vec![0u8; scales.len()];
+        narrow(DType::F8E8M0, scales, &mut exponents)?;
+        Ok(vec![self.format.elements.pack(codes), exponents])
     }
 }
 

@@ -12,8 +12,8 @@
 use super::scaled::{Elements, absmax, check_rows};
 use crate::error::Result;
 use crate::format::{
-    Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
-    Spec, Values, Zero,
+    Decode, Extremes, Format, Granularity, Grid, Input, Method, OptionValue, Options, Part,
+    Quantized, Scale, Spec, Values, Zero,
 };
 use crate::small_float::{E2M1, E4M3, E4M3_VALUES};
 use crate::tensor::{DType, Tensor, element_count};
@@ -70,6 +70,38 @@ fn ggml_scale(scale: f32) -> u8 {
     }
 }
 
+/// The code of each block's scale.
+fn choose_scales(
+    spec: &Spec,
+    block_len: usize,
+    extremes: Option<Extremes>,
+    x: &[f32],
+    scales: &mut [u8],
+) {
+    let global = global_scale(spec.scale, extremes);
+    let value = |code: u8| E4M3_VALUES[usize::from(code)] / global;
+    for (scale, most) in scales.iter_mut().zip(absmax(x, block_len)) {
+        *scale = match spec.scale {
+            Scale::Ggml => ggml_scale(most / E2M1.max()),
+            _ => match E4M3.encode(global * (most / E2M1.max())) {
+                0 => LEAST,
+                code => code,
+            },
+        };
+    }
+    if spec.method == Method::Mse {
+        let tried = |code: u8| TRIED.map(|by| (i32::from(code) + by).clamp(1, MOST) as u8);
+        let candidates: Vec<f32> = scales
+            .iter()
+            .flat_map(|&code| tried(code).map(value))
+            .collect();
+        let best = ELEMENTS.search(x, block_len, &candidates, TRIED.len());
+        for (scale, best) in scales.iter_mut().zip(best) {
+            *scale = tried(*scale)[usize::from(best)];
+        }
+    }
+}
+
 impl Format for Nvfp4 {
     fn name(&self) -> &'static str {
         "nvfp4"
@@ -97,6 +129,7 @@ impl Format for Nvfp4 {
             double_quant: false,
             act_order: false,
             values: Values::Source,
+            input: Input::default(),
         })
     }
 
@@ -142,28 +175,9 @@ impl Format for Nvfp4 {
         let [codes, scales, ..] = parts else {
             return Ok(());
         };
+        choose_scales(spec, block_len, extremes, x, scales);
         let global = global_scale(spec.scale, extremes);
         let value = |code: u8| E4M3_VALUES[usize::from(code)] / global;
-        for (scale, most) in scales.iter_mut().zip(absmax(x, block_len)) {
-            *scale = match spec.scale {
-                Scale::Ggml => ggml_scale(most / E2M1.max()),
-                _ => match E4M3.encode(global * (most / E2M1.max())) {
-                    0 => LEAST,
-                    code => code,
-                },
-            };
-        }
-        if spec.method == Method::Mse {
-            let tried = |code: u8| TRIED.map(|by| (i32::from(code) + by).clamp(1, MOST) as u8);
-            let candidates: Vec<f32> = scales
-                .iter()
-                .flat_map(|&code| tried(code).map(value))
-                .collect();
-            let best = ELEMENTS.search(x, block_len, &candidates, TRIED.len());
-            for (scale, best) in scales.iter_mut().zip(best) {
-                *scale = tried(*scale)[usize::from(best)];
-            }
-        }
         let values: Vec<f32> = scales.iter().map(|&code| value(code)).collect();
         ELEMENTS.encode(x, block_len, &values, spec.scale, codes);
         Ok(())
@@ -180,10 +194,59 @@ impl Format for Nvfp4 {
         Ok(working)
     }
 
+    fn grid<'a>(
+        &'a self,
+        spec: &'a Spec,
+        extremes: Option<Extremes>,
+    ) -> Result<Box<dyn Grid + 'a>> {
+        Ok(Box::new(Nvfp4Grid { spec, extremes }))
+    }
+
     fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>> {
         let mut decoder = ELEMENTS.decoder(q.part("codes")?, q.part("scales")?);
         decoder.block_len = BLOCK;
         decoder.divisor = q.part("global_scale")?.to_f32_vec()[0];
         Ok(Box::new(decoder))
+    }
+}
+
+struct Nvfp4Grid<'a> {
+    spec: &'a Spec,
+    extremes: Option<Extremes>,
+}
+
+impl Grid for Nvfp4Grid<'_> {
+    /// The code of a scale stands where others have a zero point.
+    fn fit(
+        &self,
+        x: &[f32],
+        block_len: usize,
+        scales: &mut [f32],
+        zeros: &mut [f32],
+    ) -> Result<()> {
+        let mut codes = vec![0u8; scales.len()];
+        choose_scales(self.spec, block_len, self.extremes, x, &mut codes);
+        let global = global_scale(self.spec.scale, self.extremes);
+        for ((scale, zero), code) in scales.iter_mut().zip(zeros).zip(codes) {
+            *scale = E4M3_VALUES[usize::from(code)] / global;
+            *zero = f32::from(code);
+        }
+        Ok(())
+    }
+
+    fn round(
+        &self,
+        x: &[f32],
+        scales: &[f32],
+        _zeros: &[f32],
+        codes: &mut [u8],
+        values: &mut [f32],
+    ) {
+        ELEMENTS.round(x, scales, self.spec.scale, codes, values);
+    }
+
+    fn store(&self, codes: &[u8], _scales: &[f32], zeros: &[f32]) -> Result<Vec<Vec<u8>>> {
+        let scales = zeros.iter().map(|&code| code as u8).collect();
+        Ok(vec![ELEMENTS.pack(codes), scales])
     }
 }

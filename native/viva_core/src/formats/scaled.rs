@@ -51,8 +51,17 @@ impl Elements {
     /// Writes the codes of `x` under one scale a block, which was chosen by
     /// `rule`.
     pub fn encode(self, x: &[f32], block_len: usize, scales: &[f32], rule: Scale, out: &mut [u8]) {
-        let float = self.float();
-        let encode = |codes: &mut [u8]| match rule {
+        if self.bits() == 8 {
+            return self.codes(x, block_len, scales, rule, out);
+        }
+        let mut codes = vec![0u8; x.len()];
+        self.codes(x, block_len, scales, rule, &mut codes);
+        nibble::pack(Order::LowFirst, &codes, out);
+    }
+
+    /// The same, one code a byte.
+    fn codes(self, x: &[f32], block_len: usize, scales: &[f32], rule: Scale, codes: &mut [u8]) {
+        match rule {
             Scale::Ggml => dispatch(EncodeTowardZero {
                 x,
                 block_len,
@@ -60,19 +69,43 @@ impl Elements {
                 codes,
             }),
             _ => dispatch(Encode {
-                float,
+                float: self.float(),
                 x,
                 block_len,
                 scales,
                 codes,
             }),
-        };
-        if self.bits() == 8 {
-            return encode(out);
         }
-        let mut codes = vec![0u8; x.len()];
-        encode(&mut codes);
-        nibble::pack(Order::LowFirst, &codes, out);
+    }
+
+    /// Codes and their values, each element under a scale of its own.
+    pub fn round(
+        self,
+        x: &[f32],
+        scales: &[f32],
+        rule: Scale,
+        codes: &mut [u8],
+        values: &mut [f32],
+    ) {
+        self.codes(x, 1, scales, rule, codes);
+        let table: &[f32] = match self {
+            Elements::E4M3 => &E4M3_VALUES,
+            Elements::E5M2 => &E5M2_VALUES,
+            Elements::E2M1 => &E2M1_VALUES,
+        };
+        for ((value, &code), scale) in values.iter_mut().zip(&*codes).zip(scales) {
+            *value = table[usize::from(code)] * scale;
+        }
+    }
+
+    /// Codes as their part has them, from one a byte.
+    pub fn pack(self, codes: &[u8]) -> Vec<u8> {
+        if self.bits() == 8 {
+            return codes.to_vec();
+        }
+        let mut packed = vec![0u8; codes.len().div_ceil(2)];
+        nibble::pack(Order::LowFirst, codes, &mut packed);
+        packed
     }
 
     /// For each block, which of `each` scales gives the least squared error.

@@ -25,8 +25,8 @@
 use super::{fp8, int};
 use crate::error::{Error, Result};
 use crate::format::{
-    Decode, Extremes, Format, Granularity, Method, OptionValue, Options, Part, Quantized, Scale,
-    Spec, Values, Zero,
+    Decode, Extremes, Format, Granularity, Input, Method, OptionValue, Options, Part, Quantized,
+    Scale, Spec, Values, Zero,
 };
 use crate::simd::int::decode_run;
 use crate::simd::sparsity::{GROUP, PLACES, Pick, expand, mask, pick};
@@ -78,6 +78,7 @@ pub fn floats(values: Values) -> Spec {
         scale_dtype: DType::F32,
         double_quant: false,
         act_order: false,
+        input: Input::default(),
         values,
     }
 }

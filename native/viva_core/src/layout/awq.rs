@@ -13,7 +13,9 @@ use super::{
     set_config,
 };
 use crate::error::Result;
-use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Values, Zero};
+use crate::format::{
+    Granularity, Input, Method, OptionValue, Quantized, Scale, Spec, Values, Zero,
+};
 use crate::ops::pool;
 use crate::ops::transpose::transpose;
 use crate::simd::nibble::{self, Order};
@@ -200,6 +202,7 @@ impl Layout for Awq {
             double_quant: false,
             act_order: false,
             values: Values::Source,
+            input: Input::default(),
         };
         let codes = unpack_words(out, columns, qweight.bytes())?;
         let zeros = unpack_words(out, groups, qzeros.bytes())?;

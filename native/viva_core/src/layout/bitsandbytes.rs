@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 
 use super::{Entries, Found, Layout, Source, Spelled, expect, invalid, module, refuse, set_config};
 use crate::error::{Error, Result};
-use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Values, Zero};
+use crate::format::{
+    Granularity, Input, Method, OptionValue, Quantized, Scale, Spec, Values, Zero,
+};
 use crate::formats::codebook;
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
 use crate::io::LateEntry;
@@ -340,6 +342,7 @@ fn read_4bit(name: &str, quant_type: &str, state: &Tensor, source: &Source) -> R
         double_quant,
         act_order: false,
         values: Values::Source,
+        input: Input::default(),
     };
     same_map(
         name,
@@ -416,6 +419,7 @@ fn read_int8(name: &str, source: &Source) -> Result<Quantized> {
             double_quant: false,
             act_order: false,
             values: Values::Source,
+            input: Input::default(),
         },
         shape: codes.shape().to_vec(),
         // bitsandbytes keeps no dtype: it computes in 16 bits.

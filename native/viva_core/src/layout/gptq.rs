@@ -19,7 +19,9 @@ use super::{
     set_config,
 };
 use crate::error::Result;
-use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Values, Zero};
+use crate::format::{
+    Granularity, Input, Method, OptionValue, Quantized, Scale, Spec, Values, Zero,
+};
 use crate::formats::int;
 use crate::ops::transpose::transpose;
 use crate::simd::bits;
@@ -325,6 +327,7 @@ impl Layout for Gptq {
             double_quant: false,
             act_order: !in_order,
             values: Values::Source,
+            input: Input::default(),
         };
         let declared = spec.format()?.parts(&spec, &[out, columns])?;
         let made = |i: usize, bytes: &[u8]| {

@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 
 use super::{Entries, Found, Layout, Source, Spelled, invalid, module, refuse, set_config};
 use crate::error::Result;
-use crate::format::{Granularity, Method, OptionValue, Quantized, Scale, Spec, Values, Zero};
+use crate::format::{
+    Granularity, Input, Method, OptionValue, Quantized, Scale, Spec, Values, Zero,
+};
 use crate::formats::int;
 use crate::tensor::{DType, Tensor};
 
@@ -141,6 +143,7 @@ impl Layout for Mlx {
             double_quant: false,
             act_order: false,
             values: Values::Source,
+            input: Input::default(),
         };
         if !matches!(scales.dtype(), DType::F32 | DType::F16 | DType::BF16) {
             return Err(invalid(

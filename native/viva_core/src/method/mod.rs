@@ -2,5 +2,11 @@
 //! since it is the format's definition; searches that formats share live here.
 
 pub mod affine;
+pub mod awq;
+pub mod calibrated;
+pub mod factor;
+pub mod gptq;
+pub mod gram;
 pub mod hqq;
+pub mod input;
 pub mod mse;

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::{CHUNK, Cancel, pool};
 use crate::error::{Error, Result};
 use crate::format::Quantized;
+use crate::method::input;
 use crate::tensor::{DType, narrow};
 
 /// Bytes that [`dequantize_into`] writes.
@@ -32,7 +33,7 @@ pub fn dequantize_into(q: &Quantized, dtype: DType, out: &mut [u8], cancel: &Can
             actual: out.len(),
         });
     }
-    let decoder = q.spec.format()?.decoder(q)?;
+    let decoder = input::decoder(q)?;
     let size = dtype.size();
     pool::run(|| {
         out.par_chunks_mut(CHUNK * size)

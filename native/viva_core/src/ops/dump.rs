@@ -82,14 +82,18 @@ pub fn load(bytes: SharedBytes) -> Result<Quantized> {
     let format = spec.format()?;
     let options = format.options(&spec).into_iter();
     let options = options.map(|(name, v)| (name.to_string(), v)).collect();
-    if format::spec(&spec.format, options).map_err(invalid)? != spec {
+    let given = Spec {
+        input: spec.input,
+        ..format::spec(&spec.format, options).map_err(invalid)?
+    };
+    if given != spec {
         return Err(invalid("no options give its spec"));
     }
     if !dtype.is_float() {
         return Err(invalid(format!("weights of dtype {}", dtype.name())));
     }
     let views = SafeTensors::deserialize(slice).map_err(invalid)?;
-    let declared = format.parts(&spec, &shape)?;
+    let declared = spec.parts(&shape)?;
     if views.len() != declared.len() {
         return Err(invalid(format!(
             "{} parts where {} belong",

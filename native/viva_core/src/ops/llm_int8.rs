@@ -8,7 +8,7 @@
 
 use rayon::prelude::*;
 
-use super::matmul::{check, write_rows};
+use super::matmul::{activations, check, write_rows};
 use super::{CHUNK, Cancel, pool};
 use crate::error::{Error, Result};
 use crate::format::{Granularity, Quantized, Scale};
@@ -52,7 +52,7 @@ pub fn matmul_into(
         return Ok(());
     }
     let mut widened = Vec::new();
-    let x = x.f32_chunk(0..x.len(), &mut widened);
+    let x = activations(x, q, &mut widened)?;
     let absmax = match spec.scale {
         Scale::Absmax => 1.0,
         _ => 127.0,

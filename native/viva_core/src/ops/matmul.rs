@@ -4,7 +4,8 @@ use rayon::prelude::*;
 
 use super::{CHUNK, Cancel, pool};
 use crate::error::{Error, Result};
-use crate::format::Quantized;
+use crate::format::{Input, Quantized};
+use crate::method::input;
 use crate::simd::dispatch;
 use crate::simd::dot::{DotRows, ROWS};
 use crate::tensor::{DType, Tensor, element_count, narrow};
@@ -80,7 +81,7 @@ pub fn matmul_into(
     }
     let m = x.len() / k;
     let mut widened = Vec::new();
-    let x = x.f32_chunk(0..x.len(), &mut widened);
+    let x = activations(x, q, &mut widened)?;
     let decoder = q.spec.format()?.decoder(q)?;
     let rows = (4 * CHUNK / k).clamp(1, 16) * ROWS;
     pool::run(|| {
@@ -98,6 +99,20 @@ pub fn matmul_into(
             })?;
         write_rows(&columns, n, m, dtype, out)
     })
+}
+
+/// Activations as the codes of q want them.
+pub(super) fn activations<'a>(
+    x: &'a Tensor,
+    q: &Quantized,
+    scratch: &'a mut Vec<f32>,
+) -> Result<&'a [f32]> {
+    if q.spec.input == Input::default() {
+        return Ok(x.f32_chunk(0..x.len(), scratch));
+    }
+    *scratch = x.to_f32_vec();
+    input::prepare(q, scratch)?;
+    Ok(scratch)
 }
 
 /// Whether a product of these can be written into `out`.

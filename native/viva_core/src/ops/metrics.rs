@@ -7,6 +7,7 @@ use super::quantize::runs;
 use super::{Cancel, pool};
 use crate::error::{Error, Result};
 use crate::format::Quantized;
+use crate::method::input;
 use crate::simd::{Isa, LANES, Op, dispatch};
 use crate::tensor::Tensor;
 
@@ -142,7 +143,7 @@ fn same_shape(x: &Tensor, shape: &[usize]) -> Result<()> {
 /// Error of a quantized tensor against its original.
 pub fn quantized(x: &Tensor, q: &Quantized, cancel: &Cancel) -> Result<Metrics> {
     same_shape(x, &q.shape)?;
-    let decoder = q.spec.format()?.decoder(q)?;
+    let decoder = input::decoder(q)?;
     compare(x, cancel, |range, y| decoder.decode(range.start, y))
 }
 

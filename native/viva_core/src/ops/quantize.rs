@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::format::{Extremes, Part, Quantized, Spec};
 use crate::simd::dispatch;
 use crate::simd::stats::{IsFinite, RangeWithZero};
-use crate::tensor::{Buffer, Tensor};
+use crate::tensor::{Buffer, DType, Tensor};
 
 /// Quantizes `x` as `spec` says. The result does not depend on the number of
 /// threads.
@@ -33,11 +33,7 @@ pub fn quantize(x: &Tensor, spec: &Spec, cancel: &Cancel) -> Result<Quantized> {
         .collect();
     let block_len = spec.block_len(x.shape()).max(1);
     let outcome = pool::run(|| {
-        let extremes = if format.needs_extremes(spec) {
-            Some(extremes(x, cancel)?)
-        } else {
-            None
-        };
+        let extremes = needed_extremes(x, spec, cancel)?;
         let tasks = cut(x.len(), block_len, &working, &mut buffers);
         tasks
             .into_par_iter()
@@ -74,6 +70,68 @@ pub fn quantize(x: &Tensor, spec: &Spec, cancel: &Cancel) -> Result<Quantized> {
         shape: x.shape().to_vec(),
         dtype: x.dtype(),
     })
+}
+
+/// What rows of k become when they are quantized and read back, for searches:
+/// on the calling thread, by the rules of a whole tensor's extremes.
+pub(crate) fn round_trip(
+    spec: &Spec,
+    extremes: Option<Extremes>,
+    k: usize,
+    x: &[f32],
+    out: &mut Vec<f32>,
+) -> Result<()> {
+    let format = spec.format()?;
+    let shape = vec![x.len() / k, k];
+    let working = format.working_parts(spec, &shape)?;
+    let mut bytes: Vec<Vec<u8>> = working
+        .iter()
+        .map(|p| vec![0u8; p.shape.iter().product::<usize>() * p.dtype.size()])
+        .collect();
+    let mut pieces: Vec<&mut [u8]> = bytes.iter_mut().map(Vec::as_mut_slice).collect();
+    let block_len = spec.block_len(&shape).max(1);
+    format.encode(spec, block_len, extremes, x, &mut pieces)?;
+    let parts = working
+        .into_iter()
+        .zip(&bytes)
+        .map(|(p, bytes)| Ok((p.name, Tensor::from_slice(p.dtype, &p.shape, bytes)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let q = Quantized {
+        parts: format.finish(spec, extremes, parts)?,
+        spec: spec.clone(),
+        shape,
+        dtype: DType::F32,
+    };
+    out.clear();
+    out.resize(x.len(), 0.0);
+    format.decoder(&q)?.decode(0, out);
+    Ok(())
+}
+
+/// Checks that a tensor is of floats, all of them numbers.
+///
+/// # Errors
+/// `UnsupportedDtype`, `NonFinite`.
+pub(crate) fn check_floats(x: &Tensor) -> Result<()> {
+    if !x.dtype().is_float() {
+        return Err(Error::UnsupportedDtype {
+            op: "quantize".into(),
+            dtype: x.dtype().name().into(),
+        });
+    }
+    count_non_finite(x).map_or(Ok(()), Err)
+}
+
+/// The extremes of the tensor, where the spec's format asks for them.
+pub(crate) fn needed_extremes(
+    x: &Tensor,
+    spec: &Spec,
+    cancel: &Cancel,
+) -> Result<Option<Extremes>> {
+    match spec.format()?.needs_extremes(spec) {
+        true => pool::run(|| extremes(x, cancel)).map(Some),
+        false => Ok(None),
+    }
 }
 
 /// A run of whole blocks, with its piece of every part.

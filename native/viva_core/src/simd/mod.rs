@@ -13,6 +13,7 @@ pub mod columns;
 pub mod dot;
 pub mod int;
 pub mod nibble;
+pub mod product;
 pub mod small_float;
 pub mod sparsity;
 pub mod stats;

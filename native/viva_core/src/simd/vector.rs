@@ -13,6 +13,8 @@ pub trait Isa: Copy {
     type F: Copy;
     /// Sixteen u32.
     type U: Copy;
+    /// Vectors that fit into registers beside a few operands.
+    const ACCUMULATORS: usize;
 
     fn splat(self, v: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
@@ -24,6 +26,9 @@ pub trait Isa: Copy {
     /// a · b + c, fused where the level has the instruction: only for sums
     /// that state a tolerance.
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// a · b + c, rounded once on every level: for sums that decide which bytes
+    /// are written. Slow where the level lacks the instruction.
+    fn fused(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// a < b ? a : b. Neither is NaN.
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// a > b ? a : b. Neither is NaN.
@@ -98,6 +103,7 @@ fn each<A: Copy, B: Copy, C>(a: [A; LANES], b: [B; LANES], f: impl Fn(A, B) -> C
 impl Isa for Portable {
     type F = [f32; LANES];
     type U = [u32; LANES];
+    const ACCUMULATORS: usize = 4;
 
     #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
@@ -135,6 +141,10 @@ impl Isa for Portable {
         } else {
             self.add(self.mul(a, b), c)
         }
+    }
+    #[inline(always)]
+    fn fused(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
     #[inline(always)]
     fn min(self, a: Self::F, b: Self::F) -> Self::F {

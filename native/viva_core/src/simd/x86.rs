@@ -73,6 +73,7 @@ macro_rules! intrinsics {
 impl Isa for Avx512 {
     type F = __m512;
     type U = __m512i;
+    const ACCUMULATORS: usize = 24;
 
     intrinsics! {
         fn splat(self, v: f32) -> __m512 { _mm512_set1_ps(v) }
@@ -83,6 +84,7 @@ impl Isa for Avx512 {
         fn mul(self, a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
         fn div(self, a: __m512, b: __m512) -> __m512 { _mm512_div_ps(a, b) }
         fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
+        fn fused(self, a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
         fn min(self, a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
         fn max(self, a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
         fn choose(self, a: __m512, b: __m512, yes: __m512, no: __m512) -> __m512 {
@@ -117,6 +119,7 @@ impl Isa for Avx512 {
 impl Isa for Avx2 {
     type F = [__m256; 2];
     type U = [__m256i; 2];
+    const ACCUMULATORS: usize = 6;
 
     intrinsics! {
         fn splat(self, v: f32) -> [__m256; 2] { [_mm256_set1_ps(v); 2] }
@@ -140,6 +143,9 @@ impl Isa for Avx2 {
             [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])]
         }
         fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+            [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
+        }
+        fn fused(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
             [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
         }
         fn min(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {

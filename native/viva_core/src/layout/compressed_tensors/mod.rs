@@ -25,7 +25,9 @@ use serde_json::{Value, json};
 
 use super::{Entries, Found, Layout, Source, Spelled, expect, invalid, module, refuse, set_config};
 use crate::error::{Error, Result};
-use crate::format::{self, Granularity, Method, OptionValue, Quantized, Scale, Spec, Values, Zero};
+use crate::format::{
+    self, Granularity, Input, Method, OptionValue, Quantized, Scale, Spec, Values, Zero,
+};
 use crate::formats::{mx, nvfp4};
 use crate::tensor::{DType, Tensor};
 
@@ -493,6 +495,7 @@ impl<'a> Stored<'a> {
             double_quant: false,
             act_order: false,
             values: Values::Source,
+            input: Input::default(),
         };
         let scales = if is_mx {
             Tensor::from_slice(DType::F8E8M0, scales.shape(), scales.bytes())?

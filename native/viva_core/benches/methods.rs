@@ -1,0 +1,75 @@
+//! Methods on one 4096 × 4096 layer with 512 tokens of activations:
+//! `cargo bench -p viva_core --bench methods`.
+
+use divan::Bencher;
+use viva_core::format::{Spec, spec};
+use viva_core::method::gptq::{self, Gptq};
+use viva_core::method::gram::Gram;
+use viva_core::ops::{Cancel, pool};
+use viva_core::tensor::{DType, Tensor};
+
+const K: usize = 4096;
+const TOKENS: usize = 512;
+
+fn main() {
+    divan::main();
+}
+
+/// Sums of twelve uniform draws: near enough to normal.
+fn noise(n: usize, mut state: u64) -> Vec<f32> {
+    (0..n)
+        .map(|_| {
+            let mut sum = -6.0;
+            for _ in 0..12 {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                sum += (state >> 40) as f32 / (1u64 << 24) as f32;
+            }
+            sum
+        })
+        .collect()
+}
+
+fn layer() -> Tensor {
+    Tensor::from_slice(DType::F32, &[K, K], &noise(K * K, 1)).unwrap()
+}
+
+/// Channels of different strength, correlated as those of a model are.
+fn activations() -> Vec<f32> {
+    let mut x = noise(TOKENS * K, 2);
+    for row in x.chunks_exact_mut(K) {
+        for i in 1..K {
+            row[i] += 0.5 * row[i - 1];
+        }
+        for (i, v) in row.iter_mut().enumerate() {
+            *v *= 1.0 + 4.0 / (1.0 + (i * 7919 % K) as f32 / 16.0);
+        }
+    }
+    x
+}
+
+fn gram_of(x: &[f32]) -> Gram {
+    let mut gram = Gram::zeroed(K);
+    pool::run(|| gram.add(x, &Cancel::new())).unwrap();
+    gram
+}
+
+fn int4() -> Spec {
+    spec("int4", Vec::new()).unwrap()
+}
+
+#[divan::bench(sample_count = 5, sample_size = 1)]
+fn gram(bencher: Bencher) {
+    let x = activations();
+    bencher.bench_local(|| gram_of(&x));
+}
+
+/// Gram matrix, factor and columns.
+#[divan::bench(sample_count = 5, sample_size = 1)]
+fn gptq_int4(bencher: Bencher) {
+    let (w, x, spec) = (layer(), activations(), int4());
+    bencher.bench_local(|| {
+        gptq::quantize(&w, &spec, &gram_of(&x), &Gptq::default(), &Cancel::new()).unwrap()
+    });
+}

@@ -1,0 +1,342 @@
+//! AWQ: columns that meet large activations are scaled up before they are
+//! rounded, and outliers of a block are clipped where that helps its output (Lin
+//! et al., "AWQ", 2023).
+
+use rayon::prelude::*;
+
+use super::gram::Gram;
+use super::input;
+use crate::error::Result;
+use crate::format::{Extremes, Granularity, Spec};
+use crate::ops::quantize::round_trip;
+use crate::ops::{Cancel, pool};
+use crate::simd::dispatch;
+use crate::simd::product::{NARROW, Product, WIDE};
+use crate::tensor::Tensor;
+
+/// Exponents that the scale search tries: 0, 1/20 … 19/20.
+pub const POINTS: usize = 20;
+
+/// Ratios of clipping that are tried, in steps of 1/20 down from 1.
+const CLIPS: usize = 10;
+
+/// Blocks that are searched for clipping: the cost grows with their length.
+const LONGEST_CLIPPED: usize = 512;
+
+/// Rows whose error is computed together.
+const STRIPE: usize = 4 * NARROW;
+
+/// Elements of the inner dimension that are multiplied at once, from L2.
+const DEPTH: usize = 512;
+
+/// Activations `[tokens, k]`, transposed into panels of tokens.
+pub struct Tokens {
+    k: usize,
+    panels: Vec<Vec<f32>>,
+}
+
+impl Tokens {
+    pub fn new(x: &[f32], k: usize) -> Tokens {
+        let panels = x
+            .par_chunks(WIDE * k)
+            .map(|x| {
+                let mut panel = vec![0f32; k * WIDE];
+                for (lane, row) in x.chunks_exact(k).enumerate() {
+                    for (line, &v) in panel.chunks_exact_mut(WIDE).zip(row) {
+                        line[lane] = v;
+                    }
+                }
+                panel
+            })
+            .collect();
+        Tokens { k, panels }
+    }
+
+    /// Σ(d·xᵀ)² over rows d of a stripe and all tokens; `d` is in panels of
+    /// [`NARROW`] rows.
+    fn output_error(&self, d: &[f32]) -> f64 {
+        let k = self.k;
+        let mut sum = 0.0;
+        let mut sums = [0f32; STRIPE * WIDE];
+        for tokens in &self.panels {
+            sums.fill(0.0);
+            for at in (0..k).step_by(DEPTH) {
+                let end = (at + DEPTH).min(k);
+                let b = &tokens[at * WIDE..end * WIDE];
+                for (d, c) in d
+                    .chunks_exact(k * NARROW)
+                    .zip(sums.chunks_exact_mut(NARROW * WIDE))
+                {
+                    let a = &d[at * NARROW..end * NARROW];
+                    dispatch(Product { a, b, c });
+                }
+            }
+            sum += sums
+                .iter()
+                .map(|&y| f64::from(y) * f64::from(y))
+                .sum::<f64>();
+        }
+        sum
+    }
+}
+
+/// The scale of each column under which rounding costs least of the layer's
+/// output, and `None` where none is better than leaving them. `x` are
+/// activations, `mean` the mean magnitude of each of their columns.
+///
+/// # Errors
+/// Those of quantizing; `Cancelled`.
+pub fn search(
+    w: &Tensor,
+    spec: &Spec,
+    x: &[f32],
+    mean: &[f32],
+    cancel: &Cancel,
+) -> Result<Option<Vec<f32>>> {
+    let k = w.row_len();
+    pool::run(|| {
+        let tokens = Tokens::new(x, k);
+        let spec = Spec {
+            // Scales of scales hardly change which weights suffer.
+            double_quant: false,
+            ..spec.clone()
+        };
+        let roots: Vec<f64> = mean.iter().map(|&m| twentieth_root(f64::from(m))).collect();
+        let mut best = (f64::INFINITY, None);
+        for point in 0..POINTS {
+            let s = normalized(roots.iter().map(|root| root.powi(point as i32)));
+            let loss = loss(w, &spec, &tokens, &s, cancel)?;
+            if loss < best.0 {
+                best = (loss, (point > 0).then_some(s));
+            }
+        }
+        Ok(best.1)
+    })
+}
+
+/// As AWQ does it: clamped from below, then divided by √(max · min).
+fn normalized(s: impl Iterator<Item = f64>) -> Vec<f32> {
+    let s: Vec<f64> = s.map(|s| s.max(1e-4)).collect();
+    let most = s.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+    let least = s.iter().copied().fold(f64::INFINITY, f64::min);
+    let norm = (most * least).sqrt();
+    s.iter().map(|s| (s / norm) as f32).collect()
+}
+
+/// x^(1/20). Libraries round powers differently, and bytes have to be the same
+/// on every machine: a fifth root by Newton's method, and exact square roots.
+fn twentieth_root(x: f64) -> f64 {
+    if x <= 0.0 {
+        return 0.0;
+    }
+    // Dividing the bits divides the exponent, and the mantissa roughly.
+    const ONE: u64 = 0x3ff0_0000_0000_0000;
+    let mut y = f64::from_bits(ONE - ONE / 5 + x.to_bits() / 5);
+    for _ in 0..6 {
+        y = 0.8 * y + 0.2 * (x / (y * y * y * y));
+    }
+    y.sqrt().sqrt()
+}
+
+/// The error of the layer's output when columns are scaled by s.
+fn loss(w: &Tensor, spec: &Spec, tokens: &Tokens, s: &[f32], cancel: &Cancel) -> Result<f64> {
+    let k = w.row_len();
+    let extremes = match spec.format()?.needs_extremes(spec) {
+        true => Some(scaled_extremes(w, s)),
+        false => None,
+    };
+    let stripes = (w.len() / k).div_ceil(STRIPE);
+    let losses = (0..stripes)
+        .into_par_iter()
+        .map_init(Scratch::default, |scratch, stripe| {
+            cancel.check()?;
+            let first = stripe * STRIPE * k;
+            let end = w.len().min(first + STRIPE * k);
+            let rows = w.f32_chunk(first..end, &mut scratch.wide);
+            scratch.scaled.clear();
+            scratch.scaled.extend_from_slice(rows);
+            input::scale(&mut scratch.scaled, s);
+            round_trip(spec, extremes, k, &scratch.scaled, &mut scratch.rounded)?;
+            scratch.d.clear();
+            scratch.d.resize(STRIPE * k, 0.0);
+            let rounded = scratch.rounded.chunks_exact(k);
+            for (r, (row, rounded)) in rows.chunks_exact(k).zip(rounded).enumerate() {
+                let panel = &mut scratch.d[r / NARROW * NARROW * k..];
+                let lines = panel.chunks_exact_mut(NARROW);
+                for (((line, w), rounded), s) in lines.zip(row).zip(rounded).zip(s) {
+                    line[r % NARROW] = w - rounded / s;
+                }
+            }
+            Ok(tokens.output_error(&scratch.d))
+        })
+        .collect::<Result<Vec<f64>>>()?;
+    // In the order of the stripes: not that in which threads end.
+    Ok(losses.iter().sum())
+}
+
+#[derive(Default)]
+struct Scratch {
+    wide: Vec<f32>,
+    scaled: Vec<f32>,
+    rounded: Vec<f32>,
+    d: Vec<f32>,
+}
+
+fn scaled_extremes(w: &Tensor, s: &[f32]) -> Extremes {
+    let mut scratch = Vec::new();
+    let mut extremes = Extremes { min: 0.0, max: 0.0 };
+    for row in 0..w.len() / s.len() {
+        let row = w.f32_chunk(row * s.len()..(row + 1) * s.len(), &mut scratch);
+        for (w, s) in row.iter().zip(s) {
+            extremes.min = extremes.min.min(w * s);
+            extremes.max = extremes.max.max(w * s);
+        }
+    }
+    extremes
+}
+
+/// Clips `w`, rows of k, block by block to the ratio of its largest magnitude
+/// at which rounding costs least of the output. Formats without blocks, and
+/// blocks of more than 512, stay as they are.
+///
+/// # Errors
+/// Those of quantizing; `Cancelled`.
+pub fn clip(w: &mut [f32], k: usize, spec: &Spec, gram: &Gram, cancel: &Cancel) -> Result<()> {
+    let block = match spec.granularity {
+        Granularity::Block(block) if block <= LONGEST_CLIPPED && k % block == 0 => block,
+        _ => return Ok(()),
+    };
+    let spec = Spec {
+        double_quant: false,
+        ..spec.clone()
+    };
+    let extremes = match spec.format()?.needs_extremes(&spec) {
+        true => Some(Extremes {
+            min: w.iter().copied().fold(0.0, f32::min),
+            max: w.iter().copied().fold(0.0, f32::max),
+        }),
+        false => None,
+    };
+    pool::run(|| {
+        let blocks: Vec<Vec<f32>> = (0..k / block)
+            .into_par_iter()
+            .map(|b| square(gram, b * block, block))
+            .collect();
+        w.par_chunks_mut(STRIPE * k).try_for_each(|rows| {
+            cancel.check()?;
+            clip_stripe(rows, k, block, &spec, extremes, &blocks)
+        })
+    })
+}
+
+/// A square on the diagonal of a Gram matrix, in panels.
+fn square(gram: &Gram, first: usize, n: usize) -> Vec<f32> {
+    let mut panels = vec![0f32; n.next_multiple_of(WIDE) * n];
+    for (p, panel) in panels.chunks_exact_mut(n * WIDE).enumerate() {
+        for (i, line) in panel.chunks_exact_mut(WIDE).enumerate() {
+            for (j, g) in (p * WIDE..n).zip(line) {
+                *g = gram.at(first + i, first + j);
+            }
+        }
+    }
+    panels
+}
+
+fn clip_stripe(
+    rows: &mut [f32],
+    k: usize,
+    block: usize,
+    spec: &Spec,
+    extremes: Option<Extremes>,
+    blocks: &[Vec<f32>],
+) -> Result<()> {
+    let absmax: Vec<f32> = rows
+        .chunks_exact(block)
+        .map(|b| b.iter().fold(0f32, |m, v| m.max(v.abs())))
+        .collect();
+    let clipped = |rows: &[f32], limit: &dyn Fn(usize) -> f32| -> Vec<f32> {
+        let mut out = rows.to_vec();
+        for (b, block) in out.chunks_exact_mut(block).enumerate() {
+            let limit = limit(b);
+            block.iter_mut().for_each(|v| *v = v.clamp(-limit, limit));
+        }
+        out
+    };
+    let mut best = vec![(f64::INFINITY, 1.0f32); absmax.len()];
+    let mut rounded = Vec::new();
+    for step in 0..CLIPS {
+        let ratio = 1.0 - step as f32 / 20.0;
+        let candidate = clipped(rows, &|b| absmax[b] * ratio);
+        round_trip(spec, extremes, k, &candidate, &mut rounded)?;
+        for (b, best) in best.iter_mut().enumerate() {
+            let at = b * block;
+            let e = rows[at..at + block].iter().zip(&rounded[at..]);
+            let e: Vec<f32> = e.map(|(w, r)| w - r).collect();
+            let error = quadratic(&e, &blocks[b % (k / block)]);
+            if error < best.0 {
+                *best = (error, ratio);
+            }
+        }
+    }
+    let out = clipped(rows, &|b| absmax[b] * best[b].1);
+    rows.copy_from_slice(&out);
+    Ok(())
+}
+
+/// e · G · eᵀ, G in panels.
+fn quadratic(e: &[f32], panels: &[f32]) -> f64 {
+    let n = e.len();
+    // One row of the product's left panel is e; the others are nothing.
+    let mut a = vec![0f32; n * NARROW];
+    for (line, &e) in a.chunks_exact_mut(NARROW).zip(e) {
+        line[0] = e;
+    }
+    let mut sum = 0.0;
+    for (p, b) in panels.chunks_exact(n * WIDE).enumerate() {
+        let mut c = [0f32; NARROW * WIDE];
+        dispatch(Product {
+            a: &a,
+            b,
+            c: &mut c,
+        });
+        let terms = e[p * WIDE..].iter().zip(&c);
+        sum += terms
+            .map(|(&e, &y)| f64::from(e) * f64::from(y))
+            .sum::<f64>();
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roots_are_roots() {
+        for i in -200..200 {
+            let x = 1.37f64.powi(i);
+            let y = twentieth_root(x).powi(20);
+            assert!((y / x - 1.0).abs() < 1e-12, "{x}: {y}");
+        }
+        assert_eq!(twentieth_root(0.0), 0.0);
+    }
+
+    #[test]
+    fn a_quadratic_form_reads_every_panel() {
+        let n = 40;
+        let value = |i: usize| ((i * 7919 % 203) as f32 - 101.0) / 61.0;
+        let x: Vec<f32> = (0..n * 50).map(value).collect();
+        let mut gram = Gram::zeroed(n);
+        gram.add(&x, &Cancel::new()).unwrap();
+        let e: Vec<f32> = (0..n).map(|i| value(i + 3)).collect();
+        let exact: f64 = x
+            .chunks_exact(n)
+            .map(|x| {
+                let y: f64 = x.iter().zip(&e).map(|(x, e)| f64::from(x * e)).sum();
+                y * y
+            })
+            .sum();
+        let got = quadratic(&e, &square(&gram, 0, n));
+        assert!((got / exact - 1.0).abs() < 1e-4, "{got} {exact}");
+    }
+}

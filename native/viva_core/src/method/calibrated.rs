@@ -1,0 +1,171 @@
+//! Quantizing one weight by what its activations show.
+
+use super::gptq::{self, Gptq};
+use super::{awq, input};
+use crate::calibration::Statistics;
+use crate::error::{Error, Result};
+use crate::format::{INPUT_SCALE, Input, Quantized, Spec};
+use crate::ops::quantize::{check_floats, quantize};
+use crate::ops::{Cancel, pool};
+use crate::tensor::{DType, Tensor};
+
+/// How columns are scaled before they are rounded.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scaling {
+    None,
+    /// What costs least of the output, among powers of the mean magnitude.
+    Awq,
+    /// max|x|^α / max|w|^(1−α), with α = 1/2: activations and weights share what
+    /// makes both hard to round (Xiao et al., "SmoothQuant", 2022).
+    Smooth,
+}
+
+/// What is done to a weight, in this order.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Calibrated {
+    /// Rotate the input first.
+    pub rotate: bool,
+    pub scaling: Scaling,
+    /// Clip blocks where that costs less of the output.
+    pub clip: bool,
+    /// Round column by column; otherwise by the spec's own method.
+    pub gptq: Option<Gptq>,
+}
+
+/// Quantizes `w` for inputs like those that `statistics` saw.
+///
+/// # Errors
+/// `ShapeMismatch` unless w is a matrix whose rows have as many columns as the
+/// statistics, and those of the methods.
+pub fn quantize_calibrated(
+    w: &Tensor,
+    spec: &Spec,
+    statistics: &Statistics,
+    how: &Calibrated,
+    cancel: &Cancel,
+) -> Result<Quantized> {
+    let k = statistics.columns();
+    if w.shape().len() != 2 || w.row_len() != k {
+        return Err(Error::ShapeMismatch {
+            what: "a weight [n, k] for activations of k columns".into(),
+            expected: vec![w.len() / w.row_len().max(1), k],
+            actual: w.shape().to_vec(),
+        });
+    }
+    if statistics.tokens() == 0 {
+        return Err(Error::option(
+            "activations",
+            "there are none; record at least one row",
+        ));
+    }
+    check_floats(w)?;
+    let spec = &*spec.for_dtype(w.dtype())?;
+    if w.is_empty() {
+        return quantize(w, spec, cancel);
+    }
+    spec.format()?.check_shape(spec, w.shape())?;
+    let mut weights = w.to_f32_vec();
+    let mut seen = Seen::of(statistics);
+    if how.rotate {
+        input::rotate(&mut weights, k);
+        seen.rotate(cancel)?;
+    }
+    let matrix = |weights: &[f32]| Tensor::from_slice(DType::F32, w.shape(), weights);
+    let scales = match how.scaling {
+        Scaling::None => None,
+        Scaling::Awq => {
+            let w = matrix(&weights)?;
+            awq::search(&w, spec, &seen.samples, &seen.mean_abs, cancel)?
+        }
+        Scaling::Smooth => Some(smooth(&weights, &seen.max_abs)),
+    };
+    // What activations are multiplied by, and weights divided by.
+    let factors: Option<Vec<f32>> = scales.map(|s| s.iter().map(|s| 1.0 / s).collect());
+    if let Some(factors) = &factors {
+        let back: Vec<f32> = factors.iter().map(|f| 1.0 / f).collect();
+        input::scale(&mut weights, &back);
+        seen.scale(factors);
+    }
+    if how.clip {
+        awq::clip(&mut weights, k, spec, &seen.gram, cancel)?;
+    }
+    let prepared = matrix(&weights)?;
+    let mut q = match &how.gptq {
+        Some(options) => gptq::quantize(&prepared, spec, &seen.gram, options, cancel)?,
+        None => quantize(&prepared, spec, cancel)?,
+    };
+    q.dtype = w.dtype();
+    q.spec.input = Input {
+        rotated: how.rotate,
+        scaled: factors.is_some(),
+    };
+    if let Some(factors) = factors {
+        let part = Tensor::from_slice(DType::F32, &[k], &factors)?;
+        q.parts.push((INPUT_SCALE, part));
+    }
+    Ok(q)
+}
+
+/// What was seen, as the codes will see it.
+struct Seen {
+    columns: usize,
+    mean_abs: Vec<f32>,
+    max_abs: Vec<f32>,
+    gram: super::gram::Gram,
+    samples: Vec<f32>,
+}
+
+impl Seen {
+    fn of(statistics: &Statistics) -> Seen {
+        Seen {
+            columns: statistics.columns(),
+            mean_abs: statistics.mean_abs(),
+            max_abs: statistics.max_abs().to_vec(),
+            gram: statistics.gram().clone(),
+            samples: statistics.samples(),
+        }
+    }
+
+    fn rotate(&mut self, cancel: &Cancel) -> Result<()> {
+        let k = self.columns;
+        input::rotate(&mut self.samples, k);
+        self.gram = pool::run(|| self.gram.rotated(cancel))?;
+        // Means and maxima do not rotate: those of the kept rows stand for all.
+        let tokens = (self.samples.len() / k).max(1) as f32;
+        self.mean_abs = vec![0.0; k];
+        self.max_abs = vec![0.0; k];
+        for row in self.samples.chunks_exact(k) {
+            let columns = self.mean_abs.iter_mut().zip(&mut self.max_abs);
+            for ((mean, most), v) in columns.zip(row) {
+                *mean += v.abs() / tokens;
+                *most = most.max(v.abs());
+            }
+        }
+        Ok(())
+    }
+
+    fn scale(&mut self, factors: &[f32]) {
+        input::scale(&mut self.samples, factors);
+        input::scale(&mut self.mean_abs, factors);
+        input::scale(&mut self.max_abs, factors);
+        self.gram = self.gram.scaled(factors);
+    }
+}
+
+fn smooth(w: &[f32], max_abs: &[f32]) -> Vec<f32> {
+    let mut most = vec![0f32; max_abs.len()];
+    for row in w.chunks_exact(max_abs.len()) {
+        for (most, w) in most.iter_mut().zip(row) {
+            *most = most.max(w.abs());
+        }
+    }
+    max_abs
+        .iter()
+        .zip(most)
+        .map(|(x, w)| match x.sqrt() / w.sqrt() {
+            // A column of zeros on either side is as good in any scale.
+            s if s.is_normal() => s.max(1e-5),
+            _ => 1.0,
+        })
+        .collect()
+}

@@ -1,0 +1,368 @@
+//! GPTQ: columns are rounded one after the other, each making up for what those
+//! before it did to the layer's output (Frantar et al., "GPTQ", 2022).
+//!
+//! [`super::factor`] says what a column is rounded to. Here rows are cut into
+//! stripes that go through all columns on their own, so that the result does not
+//! depend on the number of threads.
+
+use rayon::prelude::*;
+
+use super::factor::Factor;
+use super::gram::Gram;
+use crate::error::{Error, Result};
+use crate::format::{Extremes, Grid, Quantized, Spec};
+use crate::ops::{Cancel, pool, quantize};
+use crate::simd::dispatch;
+use crate::simd::product::{Axpy, NARROW, Product, WIDE};
+use crate::tensor::{DType, Tensor};
+
+/// In which order columns are rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// As they stand; each block's scale is chosen when it is reached.
+    Natural,
+    /// By falling activation. Scales are chosen before, from the weights as they
+    /// are; under a spec's `act_order` blocks follow the order instead, and
+    /// their scales are chosen when they are reached.
+    Activation,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gptq {
+    /// What is added to the diagonal of H, as a part of its mean.
+    pub damping: f32,
+    pub order: Order,
+}
+
+impl Default for Gptq {
+    fn default() -> Gptq {
+        Gptq {
+            damping: 0.01,
+            order: Order::Activation,
+        }
+    }
+}
+
+/// Rows that go through the columns together: two panels for each one of R read.
+const STRIPE: usize = 2 * WIDE;
+
+/// Quantizes `w` so that its error costs little on activations of this Gram
+/// matrix.
+///
+/// # Errors
+/// `ShapeMismatch` unless w is a matrix `[n, k]` and the Gram matrix has k
+/// columns, `Indivisible` when blocks cross rows, `SingularHessian`, and those of
+/// [`quantize::quantize`].
+pub fn quantize(
+    w: &Tensor,
+    spec: &Spec,
+    gram: &Gram,
+    options: &Gptq,
+    cancel: &Cancel,
+) -> Result<Quantized> {
+    let &[n, k] = w.shape() else {
+        return Err(Error::ShapeMismatch {
+            what: "gptq takes a matrix [n, k]".into(),
+            expected: vec![w.len() / w.row_len().max(1), w.row_len()],
+            actual: w.shape().to_vec(),
+        });
+    };
+    if gram.columns() != k {
+        return Err(Error::ShapeMismatch {
+            what: "activations [tokens, k] of a weight [n, k]".into(),
+            expected: vec![k],
+            actual: vec![gram.columns()],
+        });
+    }
+    if n == 0 || k == 0 {
+        return quantize::quantize(w, spec, cancel);
+    }
+    let format = spec.format()?;
+    format.check_shape(spec, w.shape())?;
+    let block = spec.block_len(w.shape());
+    if k % block != 0 {
+        return Err(Error::Indivisible { row: k, block });
+    }
+    quantize::check_floats(w)?;
+    let extremes = quantize::needed_extremes(w, spec, cancel)?;
+    let plan = Plan {
+        grid: &*format.grid(spec, extremes)?,
+        block,
+        by_order: spec.act_order,
+        // Scales that are quantized in turn are not the ones chosen on the way.
+        dynamic: (options.order == Order::Natural || spec.act_order)
+            && !spec.double_quant
+            && block % NARROW == 0,
+    };
+    let order = order_of(gram, options.order);
+    let (codes, scales, zeros) = pool::run(|| {
+        let factor = Factor::new(gram, order.clone(), options.damping, cancel)?;
+        let mut codes = vec![0u8; n * k];
+        let mut scales = vec![0f32; n * k / block];
+        let mut zeros = vec![0f32; n * k / block];
+        codes
+            .par_chunks_mut(STRIPE * k)
+            .zip(scales.par_chunks_mut(STRIPE * k / block))
+            .zip(zeros.par_chunks_mut(STRIPE * k / block))
+            .enumerate()
+            .try_for_each_init(Vec::new, |scratch, (s, ((codes, scales), zeros))| {
+                let first = s * STRIPE * k;
+                let w = w.f32_chunk(first..first + codes.len(), scratch);
+                Stripe::new(&plan, &factor, w, (scales, zeros))?.round(codes, cancel)
+            })?;
+        Ok((codes, scales, zeros))
+    })?;
+    let mut parts = assemble(&plan, spec, w, extremes, (&codes, &scales, &zeros))?;
+    if spec.act_order {
+        let mut index = vec![0i32; k];
+        for (at, &column) in order.iter().enumerate() {
+            index[column as usize] = (at / block) as i32;
+        }
+        if let Some((_, part)) = parts.iter_mut().find(|(name, _)| *name == "group_index") {
+            *part = Tensor::from_slice(DType::I32, &[k], &index)?;
+        }
+    }
+    Ok(Quantized {
+        spec: spec.clone(),
+        shape: w.shape().to_vec(),
+        dtype: w.dtype(),
+        parts,
+    })
+}
+
+fn order_of(gram: &Gram, order: Order) -> Vec<u32> {
+    let mut columns: Vec<u32> = (0..gram.columns() as u32).collect();
+    if order == Order::Activation {
+        let diagonal: Vec<f32> = gram.diagonal().collect();
+        columns.sort_by(|&a, &b| diagonal[b as usize].total_cmp(&diagonal[a as usize]));
+    }
+    columns
+}
+
+fn assemble(
+    plan: &Plan,
+    spec: &Spec,
+    w: &Tensor,
+    extremes: Option<Extremes>,
+    (codes, scales, zeros): (&[u8], &[f32], &[f32]),
+) -> Result<Vec<(&'static str, Tensor)>> {
+    let format = spec.format()?;
+    let mut stored = plan.grid.store(codes, scales, zeros)?.into_iter();
+    let working = format
+        .working_parts(spec, w.shape())?
+        .into_iter()
+        .map(|part| {
+            let len = part.shape.iter().product::<usize>() * part.dtype.size();
+            let bytes = stored.next().unwrap_or_else(|| vec![0; len]);
+            Ok((
+                part.name,
+                Tensor::from_slice(part.dtype, &part.shape, &bytes)?,
+            ))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    format.finish(spec, extremes, working)
+}
+
+/// What all stripes share.
+struct Plan<'a> {
+    grid: &'a dyn Grid,
+    /// Columns that share a scale.
+    block: usize,
+    /// Blocks are of columns in the order in which they are rounded.
+    by_order: bool,
+    /// Scales are chosen when a block is reached.
+    dynamic: bool,
+}
+
+/// Rows on their way through the columns. Buffers have a panel of [`WIDE`] rows
+/// after the other, in each of them a line of `WIDE` for every column.
+struct Stripe<'a> {
+    plan: &'a Plan<'a>,
+    factor: &'a Factor,
+    rows: usize,
+    panels: usize,
+    /// Weights in the factor's order; errors, where they have been rounded.
+    e: Vec<f32>,
+    scales: &'a mut [f32],
+    zeros: &'a mut [f32],
+}
+
+impl<'a> Stripe<'a> {
+    fn new(
+        plan: &'a Plan<'a>,
+        factor: &'a Factor,
+        w: &[f32],
+        (scales, zeros): (&'a mut [f32], &'a mut [f32]),
+    ) -> Result<Stripe<'a>> {
+        let k = factor.columns();
+        let rows = w.len() / k;
+        let panels = rows.div_ceil(WIDE);
+        let mut e = vec![0f32; panels * k * WIDE];
+        for (row, w) in w.chunks_exact(k).enumerate() {
+            let panel = &mut e[row / WIDE * k * WIDE..];
+            for (t, &column) in factor.order.iter().enumerate() {
+                panel[t * WIDE + row % WIDE] = w[column as usize];
+            }
+        }
+        if !plan.dynamic {
+            plan.grid.fit(w, plan.block, scales, zeros)?;
+        }
+        Ok(Stripe {
+            plan,
+            factor,
+            rows,
+            panels,
+            e,
+            scales,
+            zeros,
+        })
+    }
+
+    fn columns(&self) -> usize {
+        self.factor.columns()
+    }
+
+    /// Writes the codes of all rows, in the order of the tensor.
+    fn round(mut self, codes: &mut [u8], cancel: &Cancel) -> Result<()> {
+        let k = self.columns();
+        // One by one where scales are known, so that less is kept on the way.
+        let step = if self.plan.dynamic {
+            self.plan.block
+        } else {
+            NARROW
+        };
+        let mut sums = vec![0f32; self.panels * step.next_multiple_of(NARROW) * WIDE];
+        for first in (0..k).step_by(step) {
+            cancel.check()?;
+            let last = (first + step).min(k);
+            self.feedback(first, last, &mut sums);
+            if self.plan.dynamic {
+                self.choose_scales(first, last, &sums)?;
+            }
+            self.round_columns(first, last, &mut sums, codes);
+        }
+        Ok(())
+    }
+
+    /// Σ_{t<first} e_t R_tj for columns `first .. last`, all panels.
+    fn feedback(&self, first: usize, last: usize, sums: &mut [f32]) {
+        let k = self.columns();
+        let height = sums.len() / self.panels;
+        sums.fill(0.0);
+        for at in (first..last).step_by(NARROW) {
+            let a = &self.factor.panels[at / NARROW][..first * NARROW];
+            for (p, sums) in sums.chunks_exact_mut(height).enumerate() {
+                let b = &self.e[p * k * WIDE..][..first * WIDE];
+                let c = &mut sums[(at - first) * WIDE..][..NARROW * WIDE];
+                dispatch(Product { a, b, c });
+            }
+        }
+    }
+
+    /// Chooses the scales of the block of columns `first .. last` from what its
+    /// weights would best be now, if they were not rounded.
+    fn choose_scales(&mut self, first: usize, last: usize, sums: &[f32]) -> Result<()> {
+        let (k, block) = (self.columns(), self.plan.block);
+        let height = sums.len() / self.panels;
+        let mut x = vec![0f32; self.rows.next_multiple_of(WIDE) * block];
+        for p in 0..self.panels {
+            let mut sums = sums[p * height..(p + 1) * height].to_vec();
+            // Minus the errors that would leave no output error.
+            let mut free = vec![0f32; height];
+            let w = &self.e[p * k * WIDE..];
+            self.walk(first, last, &mut sums, &mut free, |j, sums, free| {
+                let inverse = self.factor.inverse_diagonal[j];
+                let at = (j - first) * WIDE;
+                for lane in 0..WIDE {
+                    let change = sums[lane] * inverse;
+                    free[lane] = -change;
+                    x[(p * WIDE + lane) * block + at / WIDE] = w[j * WIDE + lane] + change;
+                }
+            });
+        }
+        let mut scales = vec![0f32; self.rows];
+        let mut zeros = vec![0f32; self.rows];
+        let x = &x[..self.rows * block];
+        self.plan.grid.fit(x, block, &mut scales, &mut zeros)?;
+        // Blocks in their own order unless they follow that of the columns.
+        let column = match self.plan.by_order {
+            true => first,
+            false => self.factor.order[first] as usize,
+        };
+        let (at, blocks) = (column / block, k / block);
+        for row in 0..self.rows {
+            self.scales[row * blocks + at] = scales[row];
+            self.zeros[row * blocks + at] = zeros[row];
+        }
+        Ok(())
+    }
+
+    /// Goes through columns `first .. last` of one panel: `each` reads the sums
+    /// of a column and writes its error, which counts in the sums after it.
+    fn walk(
+        &self,
+        first: usize,
+        last: usize,
+        sums: &mut [f32],
+        errors: &mut [f32],
+        mut each: impl FnMut(usize, &[f32], &mut [f32]),
+    ) {
+        for at in (first..last).step_by(NARROW) {
+            let r = &self.factor.panels[at / NARROW];
+            let (before, here) = errors.split_at_mut((at - first) * WIDE);
+            let c = &mut sums[(at - first) * WIDE..][..NARROW * WIDE];
+            dispatch(Product {
+                a: &r[first * NARROW..at * NARROW],
+                b: before,
+                c,
+            });
+            let width = NARROW.min(last - at);
+            for j in 0..width {
+                let (sum, later) = c[j * WIDE..].split_at_mut(WIDE);
+                let error = &mut here[j * WIDE..(j + 1) * WIDE];
+                each(at + j, sum, error);
+                for (i, y) in later.chunks_exact_mut(WIDE).take(width - j - 1).enumerate() {
+                    let a = r[(at + j) * NARROW + j + 1 + i];
+                    dispatch(Axpy { a, x: error, y });
+                }
+            }
+        }
+    }
+
+    /// Rounds columns `first .. last`; weights become errors.
+    fn round_columns(&mut self, first: usize, last: usize, sums: &mut [f32], codes: &mut [u8]) {
+        let (k, block) = (self.columns(), self.plan.block);
+        let (height, blocks) = (sums.len() / self.panels, k / block);
+        for p in 0..self.panels {
+            let rows = WIDE.min(self.rows - p * WIDE);
+            let sums = &mut sums[p * height..(p + 1) * height];
+            let weights = (p * k + first) * WIDE..(p * k + last) * WIDE;
+            let mut errors = self.e[weights.clone()].to_vec();
+            self.walk(first, last, sums, &mut errors, |j, sums, error| {
+                let inverse = self.factor.inverse_diagonal[j];
+                let column = self.factor.order[j] as usize;
+                let at = if self.plan.by_order { j } else { column } / block;
+                let (mut x, mut values) = ([0f32; WIDE], [0f32; WIDE]);
+                let (mut scales, mut zeros) = ([0f32; WIDE], [0f32; WIDE]);
+                let mut rounded = [0u8; WIDE];
+                for lane in 0..rows {
+                    x[lane] = error[lane] + sums[lane] * inverse;
+                    scales[lane] = self.scales[(p * WIDE + lane) * blocks + at];
+                    zeros[lane] = self.zeros[(p * WIDE + lane) * blocks + at];
+                }
+                self.plan.grid.round(
+                    &x[..rows],
+                    &scales[..rows],
+                    &zeros[..rows],
+                    &mut rounded[..rows],
+                    &mut values[..rows],
+                );
+                for lane in 0..rows {
+                    error[lane] -= values[lane];
+                    codes[(p * WIDE + lane) * k + column] = rounded[lane];
+                }
+            });
+            self.e[weights].copy_from_slice(&errors);
+        }
+    }
+}

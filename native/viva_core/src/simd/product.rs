@@ -1,0 +1,161 @@
+//! Products aᵀ · b of panels: what Gram matrices, their factors and the methods
+//! that use them are made of.
+//!
+//! A panel holds some columns of a matrix, row after row, so that a product reads
+//! memory in order. Every element of a result is one chain of fused multiply-adds
+//! in the order of the rows: the same bits on every level and for every cut.
+
+use super::{Isa, LANES, Op};
+
+/// Columns of the left operand's panels.
+pub const NARROW: usize = 8;
+/// Columns of the right operand's panels, and of results.
+pub const WIDE: usize = 32;
+
+/// c += aᵀ · b for `a` of `[depth, NARROW]`, `b` of `[depth, WIDE]` and `c` of
+/// `[NARROW, WIDE]`.
+pub struct Product<'a> {
+    pub a: &'a [f32],
+    pub b: &'a [f32],
+    pub c: &'a mut [f32],
+}
+
+impl Op for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let (a, _) = self.a.as_chunks::<NARROW>();
+        let (b, _) = self.b.as_chunks::<WIDE>();
+        let (c, _) = self.c.as_chunks_mut::<WIDE>();
+        if I::ACCUMULATORS >= 2 * NARROW {
+            tile::<I, NARROW, 2>(isa, a, b, c, 0, 0);
+        } else {
+            for row in [0, NARROW / 2] {
+                for vector in [0, 1] {
+                    tile::<I, { NARROW / 2 }, 1>(isa, a, b, c, row, vector);
+                }
+            }
+        }
+    }
+}
+
+/// `R` rows and `V` vectors of the result, in registers over the whole depth.
+#[inline(always)]
+fn tile<I: Isa, const R: usize, const V: usize>(
+    isa: I,
+    a: &[[f32; NARROW]],
+    b: &[[f32; WIDE]],
+    c: &mut [[f32; WIDE]],
+    row: usize,
+    vector: usize,
+) {
+    let mut sums = [[isa.splat(0.0); V]; R];
+    for (sums, c) in sums.iter_mut().zip(&c[row..]) {
+        let (c, _) = c.as_chunks::<LANES>();
+        for (sum, c) in sums.iter_mut().zip(&c[vector..]) {
+            *sum = isa.load(c);
+        }
+    }
+    for (a, b) in a.iter().zip(b) {
+        let (b, _) = b.as_chunks::<LANES>();
+        let b: [I::F; V] = std::array::from_fn(|v| isa.load(&b[vector + v]));
+        for (sums, &a) in sums.iter_mut().zip(&a[row..]) {
+            let a = isa.splat(a);
+            for (sum, b) in sums.iter_mut().zip(b) {
+                *sum = isa.fused(a, b, *sum);
+            }
+        }
+    }
+    for (sums, c) in sums.iter().zip(&mut c[row..]) {
+        let (c, _) = c.as_chunks_mut::<LANES>();
+        for (sum, c) in sums.iter().zip(&mut c[vector..]) {
+            isa.store(*sum, c);
+        }
+    }
+}
+
+/// y += a · x, element by element, of slices that are whole vectors.
+pub struct Axpy<'a> {
+    pub a: f32,
+    pub x: &'a [f32],
+    pub y: &'a mut [f32],
+}
+
+impl Op for Axpy<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let a = isa.splat(self.a);
+        let (x, _) = self.x.as_chunks::<LANES>();
+        let (y, _) = self.y.as_chunks_mut::<LANES>();
+        for (x, y) in x.iter().zip(y) {
+            isa.store(isa.fused(a, isa.load(x), isa.load(y)), y);
+        }
+    }
+}
+
+/// Columns `at .. at + W` of a row-major matrix as a panel; zeros past its last.
+pub fn pack<const W: usize>(x: &[f32], columns: usize, at: usize, panel: &mut [f32]) {
+    let width = W.min(columns - at);
+    let (panel, _) = panel.as_chunks_mut::<W>();
+    for (row, out) in x.chunks_exact(columns).zip(panel) {
+        out[..width].copy_from_slice(&row[at..at + width]);
+        out[width..].fill(0.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{dispatch_at, levels};
+
+    #[test]
+    fn every_element_is_one_chain_of_fused_multiply_adds() {
+        for depth in [0, 1, 2, 7, 64] {
+            let value = |i: usize| ((i * 7919 % 2003) as f32 - 1001.0) / 617.0;
+            let a: Vec<f32> = (0..depth * NARROW).map(value).collect();
+            let b: Vec<f32> = (0..depth * WIDE).map(|i| value(i + 5)).collect();
+            let start: Vec<f32> = (0..NARROW * WIDE).map(|i| value(i + 11)).collect();
+            let mut expected = start.clone();
+            for (i, c) in expected.iter_mut().enumerate() {
+                for t in 0..depth {
+                    *c = a[t * NARROW + i / WIDE].mul_add(b[t * WIDE + i % WIDE], *c);
+                }
+            }
+            for level in levels() {
+                let mut c = start.clone();
+                let (a, b) = (&a[..], &b[..]);
+                dispatch_at(level, Product { a, b, c: &mut c });
+                assert_eq!(c, expected, "{level:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn axpy_is_fused() {
+        let x: Vec<f32> = (0..48).map(|i| i as f32 / 7.0).collect();
+        let y: Vec<f32> = (0..48).map(|i| 1.0 / (i + 1) as f32).collect();
+        let expected: Vec<f32> = x
+            .iter()
+            .zip(&y)
+            .map(|(x, y)| 0.3f32.mul_add(*x, *y))
+            .collect();
+        for level in levels() {
+            let mut out = y.clone();
+            let y = &mut out;
+            dispatch_at(level, Axpy { a: 0.3, x: &x, y });
+            assert_eq!(out, expected, "{level:?}");
+        }
+    }
+
+    #[test]
+    fn packing_pads_with_zeros() {
+        let x: Vec<f32> = (0..20).map(|i| i as f32).collect();
+        let mut panel = vec![9.0; 2 * NARROW];
+        pack::<NARROW>(&x, 10, 8, &mut panel);
+        assert_eq!(panel[..3], [8.0, 9.0, 0.0]);
+        assert_eq!(panel[NARROW..NARROW + 3], [18.0, 19.0, 0.0]);
+    }
+}
