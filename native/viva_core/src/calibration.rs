@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 use crate::method::gram::Gram;
+use crate::ops::quantize::check_floats;
 use crate::ops::{Cancel, pool};
 use crate::tensor::Tensor;
 
@@ -72,35 +73,36 @@ impl Statistics {
         self.samples.values().flatten().copied().collect()
     }
 
-    /// Takes a batch of activations `[…, k]`.
+    /// Those of one batch of activations `[…, k]`, with up to `samples` of its
+    /// rows.
     ///
     /// # Errors
-    /// `ShapeMismatch`, `UnsupportedDtype`, `NonFinite`, `Cancelled`; the
-    /// statistics are then as they were.
-    pub fn add(&mut self, x: &Tensor, cancel: &Cancel) -> Result<()> {
-        if x.row_len() != self.columns || x.shape().is_empty() {
+    /// `ShapeMismatch` unless x has a dimension, `UnsupportedDtype`, `NonFinite`,
+    /// `Cancelled`.
+    pub fn of(x: &Tensor, samples: usize, cancel: &Cancel) -> Result<Statistics> {
+        let columns = x.row_len();
+        if x.shape().is_empty() || columns == 0 {
             return Err(Error::ShapeMismatch {
                 what: "activations [tokens, k]".into(),
-                expected: vec![x.len() / x.row_len().max(1), self.columns],
+                expected: vec![x.len(), 1],
                 actual: x.shape().to_vec(),
             });
         }
-        crate::ops::quantize::check_floats(x)?;
+        check_floats(x)?;
+        let mut batch = Statistics::new(columns, samples);
         let mut scratch = Vec::new();
         let x = x.f32_chunk(0..x.len(), &mut scratch);
-        let mut gram = self.gram.clone();
-        pool::run(|| gram.add(x, cancel))?;
-        self.gram = gram;
-        for row in x.chunks_exact(self.columns.max(1)) {
-            let columns = self.sum_abs.iter_mut().zip(&mut self.max_abs);
+        pool::run(|| batch.gram.add(x, cancel))?;
+        for row in x.chunks_exact(columns) {
+            let columns = batch.sum_abs.iter_mut().zip(&mut batch.max_abs);
             for ((sum, most), v) in columns.zip(row) {
                 *sum += f64::from(v.abs());
                 *most = most.max(v.abs());
             }
-            self.tokens += 1;
-            self.sample(row);
+            batch.tokens += 1;
+            batch.sample(row);
         }
-        Ok(())
+        Ok(batch)
     }
 
     fn sample(&mut self, row: &[f32]) {
@@ -120,7 +122,7 @@ impl Statistics {
         }
     }
 
-    /// Adds what another saw.
+    /// Adds what another saw, a batch for instance.
     ///
     /// # Errors
     /// `ShapeMismatch` unless both have as many columns.

@@ -48,10 +48,8 @@ fn activations(tokens: usize, k: usize, seed: u64) -> Vec<f32> {
 }
 
 fn statistics(x: &[f32], k: usize) -> Statistics {
-    let mut statistics = Statistics::new(k, SAMPLES);
     let x = f32_tensor(&[x.len() / k, k], x);
-    statistics.add(&x, &Cancel::new()).unwrap();
-    statistics
+    Statistics::of(&x, SAMPLES, &Cancel::new()).unwrap()
 }
 
 fn calibrated(w: &Tensor, spec: &Spec, s: &Statistics, how: &Calibrated) -> Quantized {
@@ -363,7 +361,9 @@ fn little_or_odd_data_is_at_least_rounding_to_nearest() {
         let plain = output_error(x, &data, &calibrated(&w, &spec, &s, &PLAIN));
         for how in [GPTQ, AWQ] {
             let error = output_error(x, &data, &calibrated(&w, &spec, &s, &how));
-            assert!(!(error > plain), "{how:?}: {error} {plain}");
+            // NaN where there is no output to compare.
+            let worse = error > plain || error.is_nan() != plain.is_nan();
+            assert!(!worse, "{how:?}: {error} {plain}");
         }
     }
 }
@@ -400,14 +400,11 @@ fn what_cannot_be_done_is_said() {
         refused(&f32_tensor(&[8, k], &poisoned), &int4, &s, &GPTQ),
         Error::NonFinite { nan: 1, .. }
     ));
-    let mut s = s;
-    let before = s.tokens();
     let x = f32_tensor(&[8, k], &poisoned);
     assert!(matches!(
-        s.add(&x, &Cancel::new()),
+        Statistics::of(&x, SAMPLES, &Cancel::new()),
         Err(Error::NonFinite { first: 100, .. })
     ));
-    assert_eq!(s.tokens(), before);
     let cancelled = Cancel::new();
     cancelled.cancel();
     assert!(matches!(
@@ -421,20 +418,12 @@ fn what_cannot_be_done_is_said() {
 fn kept_rows_do_not_depend_on_how_batches_are_cut() {
     let k = 16;
     let x = activations(300, k, 31);
-    let whole = {
-        let mut s = Statistics::new(k, 40);
-        s.add(&f32_tensor(&[300, k], &x), &Cancel::new()).unwrap();
-        s
+    let of = |x: &[f32]| {
+        let x = f32_tensor(&[x.len() / k, k], x);
+        Statistics::of(&x, 40, &Cancel::new()).unwrap()
     };
-    let mut parts: Vec<Statistics> = x
-        .chunks(70 * k)
-        .map(|x| {
-            let mut s = Statistics::new(k, 40);
-            let x = f32_tensor(&[x.len() / k, k], x);
-            s.add(&x, &Cancel::new()).unwrap();
-            s
-        })
-        .collect();
+    let whole = of(&x);
+    let mut parts: Vec<Statistics> = x.chunks(70 * k).map(of).collect();
     let mut merged = parts.pop().unwrap();
     for part in &parts {
         merged.merge(part).unwrap();

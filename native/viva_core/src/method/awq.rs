@@ -203,7 +203,7 @@ fn scaled_extremes(w: &Tensor, s: &[f32]) -> Extremes {
 /// Those of quantizing; `Cancelled`.
 pub fn clip(w: &mut [f32], k: usize, spec: &Spec, gram: &Gram, cancel: &Cancel) -> Result<()> {
     let block = match spec.granularity {
-        Granularity::Block(block) if block <= LONGEST_CLIPPED && k % block == 0 => block,
+        Granularity::Block(block) if block <= LONGEST_CLIPPED && k.is_multiple_of(block) => block,
         _ => return Ok(()),
     };
     let spec = Spec {

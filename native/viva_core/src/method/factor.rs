@@ -35,7 +35,7 @@ pub struct Factor {
 
 impl Factor {
     /// Factors H + damping · mean(diagonal) · I. Where that is not positive
-    /// definite in f32, the damping grows tenfold, up to [`RETRIES`] times. Call
+    /// definite in f32, the damping grows tenfold, up to six times. Call
     /// it inside the pool.
     ///
     /// # Errors

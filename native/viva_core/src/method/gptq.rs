@@ -92,7 +92,7 @@ pub fn quantize(
         // Scales that are quantized in turn are not the ones chosen on the way.
         dynamic: (options.order == Order::Natural || spec.act_order)
             && !spec.double_quant
-            && block % NARROW == 0,
+            && block.is_multiple_of(NARROW),
     };
     let order = order_of(gram, options.order);
     let (codes, scales, zeros) = pool::run(|| {
