@@ -229,6 +229,20 @@ fn what_is_no_gguf_file_is_refused() {
 }
 
 #[test]
+fn parts_of_a_split_model_are_refused() {
+    let part = |count: u16| {
+        Built::new()
+            .pair("split.no", 2, &2u16.to_le_bytes())
+            .pair("split.count", 2, &count.to_le_bytes())
+            .file(0)
+    };
+    assert_refused(&part(3), "is part 3 of a model in 3 GGUF files; merge them");
+    for whole in [0, 1] {
+        assert!(open(&part(whole)).is_ok());
+    }
+}
+
+#[test]
 fn counts_and_lengths_are_compared_with_the_file() {
     let file = |tensors, pairs, body: &[u8]| {
         Built {
@@ -312,7 +326,12 @@ fn arrays_are_not_nested_without_end() {
 fn lying_tensors_are_refused() {
     let one = |dims: &[u64], ggml, offset| Built::new().tensor("t", dims, ggml, offset).file(4096);
     assert_refused(&one(&[1, 1, 1, 1, 1], 0, 0), "has 5 dimensions");
-    assert_refused(&one(&[1], 4, 0), "unknown ggml type 4");
+    assert_refused(
+        &one(&[1], 4, 0),
+        "ggml's type 4, q4_2, which files no longer",
+    );
+    assert_refused(&one(&[1], 31, 0), "q4_0_4_4");
+    assert_refused(&one(&[1], 43, 0), "unknown ggml type 43");
     assert_refused(&one(&[1], u32::MAX, 0), "unknown ggml type 4294967295");
     assert_refused(&one(&[33], 8, 0), "cannot be cut into blocks of 32");
     assert_refused(&one(&[128, 2], 12, 0), "cannot be cut into blocks of 256");

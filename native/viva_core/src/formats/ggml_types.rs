@@ -24,8 +24,21 @@ const fn ggml_type(id: u32, name: &'static str, block_len: usize, block_bytes: u
     }
 }
 
-/// Every type that may stand in a file. Other numbers were given up by ggml
-/// (4, 5, 31 to 33, 36 to 38) or live in memory only (9 and 15: q8_1 and q8_k).
+/// Numbers that ggml gave up, or that live in memory only.
+const NOT_IN_FILES: [(u32, &str); 10] = [
+    (4, "q4_2"),
+    (5, "q4_3"),
+    (9, "q8_1"),
+    (15, "q8_k"),
+    (31, "q4_0_4_4"),
+    (32, "q4_0_4_8"),
+    (33, "q4_0_8_8"),
+    (36, "iq4_nl_4_4"),
+    (37, "iq4_nl_4_8"),
+    (38, "iq4_nl_8_8"),
+];
+
+/// Every type that may stand in a file.
 pub const GGML_TYPES: [GgmlType; 33] = [
     ggml_type(0, "f32", 1, 4),
     ggml_type(1, "f16", 1, 2),
@@ -66,6 +79,12 @@ impl GgmlType {
     /// The type of that number.
     pub fn by_id(id: u32) -> Option<&'static GgmlType> {
         GGML_TYPES.iter().find(|t| t.id == id)
+    }
+
+    /// The name of a number that has no place in files any more.
+    pub fn name_not_in_files(id: u32) -> Option<&'static str> {
+        let found = NOT_IN_FILES.iter().find(|(given_up, _)| *given_up == id);
+        found.map(|(_, name)| *name)
     }
 
     /// The type of that name.
@@ -113,7 +132,9 @@ mod tests {
             assert_eq!(GgmlType::by_id(t.id), Some(t));
             assert_eq!(GgmlType::by_name(t.name), Some(t));
         }
-        assert_eq!(GgmlType::by_id(4), None);
+        for (id, _) in NOT_IN_FILES {
+            assert_eq!(GgmlType::by_id(id), None);
+        }
         assert_eq!(GgmlType::by_name("q4_2"), None);
         let q4_k = GgmlType::by_name("q4_k").unwrap();
         assert_eq!(q4_k.row_bytes(512), Some(288));

@@ -45,6 +45,7 @@ impl Header {
         let tensors = cursor.count(LEAST_TENSOR, "the number of tensors")?;
         let pairs = cursor.count(LEAST_PAIR, "the number of metadata pairs")?;
         let metadata = Metadata::read(&mut cursor, pairs)?;
+        check_whole(&metadata)?;
         let alignment = alignment(&metadata)?;
         let mut seen = HashSet::new();
         let mut entries = Vec::new();
@@ -115,6 +116,19 @@ impl Header {
     }
 }
 
+/// Refuses one of several files that are a model together.
+fn check_whole(metadata: &Metadata) -> Result<(), String> {
+    let number = |key: &str| metadata.get(key).and_then(Value::as_u64);
+    match number("split.count") {
+        Some(count) if count > 1 => Err(format!(
+            "is part {} of a model in {count} GGUF files; merge them first: llama-gguf-split \
+             --merge FIRST_PART OUT.gguf",
+            number("split.no").unwrap_or(0).saturating_add(1)
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// The alignment of the data in bytes: a power of two.
 pub(in crate::io) fn alignment(metadata: &Metadata) -> Result<usize, String> {
     match metadata.get(ALIGNMENT_KEY) {
@@ -155,8 +169,13 @@ fn read_entry<'a>(
         *dimension = usize::try_from(cursor.u64(&what)?).map_err(|_| too_large(name))?;
     }
     let id = cursor.u32(&what)?;
-    let ggml = GgmlType::by_id(id)
-        .ok_or_else(|| format!("tensor {name:?} has the unknown ggml type {id}"))?;
+    let ggml = GgmlType::by_id(id).ok_or_else(|| match GgmlType::name_not_in_files(id) {
+        Some(kind) => format!(
+            "tensor {name:?} has ggml's type {id}, {kind}, which files no longer hold: quantize \
+             the model again"
+        ),
+        None => format!("tensor {name:?} has the unknown ggml type {id}"),
+    })?;
     let dtype = EntryDType::from(ggml);
     let nbytes = dtype
         .nbytes(&shape)
