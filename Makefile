@@ -3,7 +3,7 @@
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 export LANG ?= C.UTF-8
 
-.PHONY: help setup deps demo test check lint dialyzer docs matrix oracle clean
+.PHONY: help setup deps demo test check lint dialyzer docs matrix oracle mutations clean
 .NOTPARALLEL:
 
 help: ## Show the targets
@@ -44,6 +44,9 @@ matrix: deps ## Run the Elixir tests on the Elixir of Debian trixie and sid (nee
 
 oracle: deps ## Hold quantized models to bitsandbytes and AWQ (needs PyPI, 5 GB)
 	test/oracle/run
+
+mutations: deps ## Open 100,000 damaged files of each kind
+	VIVA_TENSOR_MUTATIONS=100000 cargo test -p viva_core --locked --test gguf_mutations --test safetensors_mutations
 
 clean: ## Remove everything that was built
 	rm -rf _build deps doc demo priv/native target

@@ -19,8 +19,9 @@ index =
   for {{name, layout}, i} <- Enum.with_index(quantized) do
     %Quantized{} = q = Checkpoint.get!(checkpoint, name)
     # An LLM.int8() file keeps no dtype, and bitsandbytes dequantizes it to f32.
-    # compressed-tensors computes in the dtype of its scales or of the model.
-    exact = q.format == :int8 or to_string(layout) == "compressed-tensors"
+    # compressed-tensors computes in the dtype of its scales or of the model, mlx in
+    # that of its scales.
+    exact = q.format == :int8 or to_string(layout) in ["compressed-tensors", "mlx"]
     dtype = if exact, do: :f32, else: q.dtype
     tensor = VivaTensor.dequantize!(q, dtype: dtype)
     File.write!(Path.join(out, "#{i}.bin"), Tensor.to_binary!(tensor))

@@ -48,6 +48,7 @@ class Dequantized:
 class Directory:
     def __init__(self, source, path, dequantized):
         self.path = Path(path)
+        self.source_path = Path(source)
         self.source = Tensors(source)
         self.stored = Tensors(path)
         self.ours = Dequantized(dequantized)

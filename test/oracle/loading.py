@@ -40,3 +40,17 @@ def forward(model):
     """Whether all outputs for a few tokens are finite."""
     tokens = torch.arange(1, 17).reshape(1, -1) % model.config.vocab_size
     return bool(model(input_ids=tokens)[0].isfinite().all())
+
+
+@torch.no_grad()
+def check_logits(directory, findings, logits_of):
+    """Holds a program's logits to those of the float model with our dequantized
+    weights, within 2 % of the largest: programs round activations to 16 bits."""
+    model = AutoModelForCausalLM.from_pretrained(directory.source_path, dtype=torch.float32)
+    for name in directory.quantized:
+        model.get_parameter(name).copy_(directory.ours[name].float())
+    tokens = (torch.arange(48).reshape(2, 24) * 37 + 1) % model.config.vocab_size
+    expected = model(tokens).logits
+    off = (logits_of(tokens) - expected).abs().max() / expected.abs().max()
+    findings.check("logits", off < 0.02, f"{off:.4f} of the largest off")
+    return f"logits within {off:.1e} of the largest"

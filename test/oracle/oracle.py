@@ -23,6 +23,8 @@ import transformers
 import against_awq
 import against_bitsandbytes
 import against_compressed_tensors
+import against_gptq
+import against_mlx
 from directory import Directory, Findings
 from perplexity import Perplexity
 
@@ -46,6 +48,17 @@ FORMATS = [
             ("nvfp4", ["--format", "nvfp4"]),
             ("nvfp4 mse", ["--format", "nvfp4", "--method", "mse"]),
         ]
+    ),
+]
+# Of causal language models.
+CAUSAL = [
+    *(
+        (f"{layout} int{bits}", ["--format", f"int{bits}", "--layout", layout, "--block-size", "32"], against_gptq)
+        for layout, bits in [("gptq", 4), ("gptq-v2", 4), ("gptq", 8), ("gptq", 3), ("gptq", 2)]
+    ),
+    *(
+        (f"mlx int{bits}", ["--format", f"int{bits}", "--layout", "mlx"], against_mlx)
+        for bits in (8, 6, 5, 4, 3, 2)
     ),
 ]
 SHOWN_PROBLEMS = 5
@@ -137,17 +150,19 @@ def main():
         f"bitsandbytes {against_bitsandbytes.VERSION}, "
         f"compressed-tensors {against_compressed_tensors.VERSION}, transformers {transformers.__version__}, "
         f"torch {torch.__version__} on {torch.backends.cpu.get_cpu_capability()}, "
-        f"gptqmodel {against_awq.version()}"
+        f"gptqmodel {against_awq.version()}, mlx {against_mlx.version()}"
     )
     good = True
     for name, source in models:
         perplexity = None
         if given.perplexity and is_causal(source):
             perplexity = Perplexity(source, given.text, given.window, given.windows)
-        for label, flags, oracle in FORMATS:
+        for label, flags, oracle in FORMATS + CAUSAL * is_causal(source):
             good &= check(name, source, label, flags, oracle, perplexity)
     if not against_awq.GPTQMODEL:
-        say("SKIPPED: AWQ directories were not loaded in transformers; that needs the package gptqmodel")
+        say("SKIPPED: AWQ and GPTQ directories were not loaded in transformers; that needs the package gptqmodel")
+    if not against_mlx.MLX:
+        say("SKIPPED: MLX directories were not loaded; that needs the package mlx-lm with mlx")
     say("no difference" if good else "DIFFERENCES, see above")
     return 0 if good else 1
 
