@@ -89,7 +89,7 @@ defmodule VivaTensor.MixTasksTest do
 
       # What it holds is quantized already.
       assert {3, "", stderr} = task(Quantize, [to, "--to", to <> "2", "--format", "q4_0"])
-      assert stderr =~ "quantized already (q4_k)"
+      assert stderr =~ "quantized already (q4_k in gguf layout)"
     end
 
     test "takes a shorter block where rows need one, and says so", %{dir: dir} do

@@ -97,7 +97,7 @@ defmodule VivaTensor.CLI do
       {_, {:cancelled, _}} -> 130
       {:output, _} -> 4
       {:source, _} -> 3
-      {:recipe, _} -> 2
+      {kind, _} when kind in [:recipe, :conversion] -> 2
       {_, {:invalid_option, _}} -> 2
       {:unit, {:invalid_file, _}} -> 3
       {:unit, {:io, _}} -> 4

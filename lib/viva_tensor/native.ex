@@ -48,6 +48,10 @@ defmodule VivaTensor.Native do
     plan_source: [:spec, :checkpoint],
     plan_tensor: [:spec, :name, :shape, :dtype],
     config_files: [:spec, :config, :kept],
+    conversion_check: [:layout, :dtype],
+    conversion_plan: [:checkpoint, :layout, :dtype, :outer],
+    conversion_shard: [:output, :file, :conversion, :names, :checkpoint, :metadata],
+    conversion_files: [:conversion, :checkpoint, :kept],
     output_create: [:target, :force, :protected],
     output_path: [:output],
     output_carry: [:output, :file, :relative],
@@ -60,7 +64,8 @@ defmodule VivaTensor.Native do
     plan_shards: [:sizes, :max_shard_size],
     shard_name: [:index, :count],
     unit_quantize: [:checkpoint, :name, :spec, :shard, :cancel],
-    unit_keep: [:checkpoint, :name, :spec, :shard, :cancel]
+    unit_keep: [:checkpoint, :name, :spec, :shard, :cancel],
+    unit_convert: [:checkpoint, :name, :conversion, :shard, :cancel]
   ]
 
   for {name, args} <- stubs do

@@ -158,6 +158,17 @@ defmodule VivaTensor.Recipe do
     Enum.uniq(kept ++ ["lm_head"])
   end
 
+  @doc """
+  The modules among those of named tensors that are embeddings or output heads.
+
+      iex> VivaTensor.Recipe.outer_modules(["model.embed_tokens.weight", "blk.0.attn_q.weight"])
+      ["model.embed_tokens"]
+  """
+  @spec outer_modules([String.t()]) :: [String.t()]
+  def outer_modules(names) do
+    for(name <- names, embedding?(name) or head?(name), do: module(name)) |> Enum.uniq()
+  end
+
   @doc "A recipe as plain data, for `report.json`."
   @spec to_map(t) :: map
   def to_map(%__MODULE__{} = recipe) do

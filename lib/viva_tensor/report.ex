@@ -7,7 +7,7 @@ defmodule VivaTensor.Report do
   tensors, with scales, zero points and the fixed tables of the layout.
   """
 
-  alias VivaTensor.{Recipe, Size, Table}
+  alias VivaTensor.{Conversion, Recipe, Size, Table}
 
   @enforce_keys [:source, :target, :recipe, :tensors, :files, :input_bytes, :seconds]
   defstruct [
@@ -21,6 +21,7 @@ defmodule VivaTensor.Report do
     :output_bytes,
     :quantized,
     :kept,
+    :lossless,
     :ratio,
     :bits_per_weight,
     :sqnr_db,
@@ -34,17 +35,25 @@ defmodule VivaTensor.Report do
   has another format than the recipe's; what comes after `elements` belongs to
   quantized tensors. A figure that no number can tell is `nil`: `sqnr_db` where
   there is no error, `cosine` where all is zero.
+
+  In the report of a conversion `dtype` is the format that a tensor had, `from` the
+  layout of a quantized one, `format` what it became; `lossless` says whether it has
+  the same values, and `changed` how many have not.
   """
   @type row :: %{
           required(:name) => String.t(),
           required(:shape) => [non_neg_integer],
           required(:dtype) => String.t(),
-          required(:action) => :quantize | :keep,
+          required(:action) => :quantize | :convert | :keep,
           required(:format) => atom,
           required(:reason) => String.t() | nil,
           required(:input_bytes) => non_neg_integer,
           required(:output_bytes) => non_neg_integer,
           required(:elements) => non_neg_integer,
+          optional(:from) => atom,
+          optional(:quantized) => boolean,
+          optional(:lossless) => boolean,
+          optional(:changed) => non_neg_integer,
           optional(:bits_per_weight) => float,
           optional(:mse) => float | nil,
           optional(:sqnr_db) => float | nil,
@@ -56,18 +65,21 @@ defmodule VivaTensor.Report do
   @typedoc """
   `input_bytes` and `output_bytes` are those of the weight files on disk, `ratio`
   the first over the second, `sqnr_db` that of all quantized weights together, and
-  `worst` the quantized tensor with the lowest one.
+  `worst` the quantized tensor with the lowest one. `quantized` are tensors of the
+  output; `lossless`, of a conversion, those that were converted and have the same
+  values, whose others alone count for `sqnr_db` and `worst`.
   """
   @type t :: %__MODULE__{
           source: Path.t(),
           target: Path.t(),
-          recipe: Recipe.t(),
+          recipe: Recipe.t() | Conversion.t(),
           tensors: [row],
           files: [%{name: String.t(), bytes: non_neg_integer}],
           input_bytes: non_neg_integer,
           output_bytes: non_neg_integer,
           quantized: non_neg_integer,
           kept: non_neg_integer,
+          lossless: non_neg_integer | nil,
           ratio: float,
           bits_per_weight: float | nil,
           sqnr_db: float | nil,
@@ -81,7 +93,8 @@ defmodule VivaTensor.Report do
   @spec new(map) :: t
   def new(collected) do
     report = struct!(__MODULE__, collected)
-    quantized = quantized(report)
+    quantized = Enum.filter(report.tensors, &(&1.action == :quantize or &1[:quantized] == true))
+    measured = Enum.filter(report.tensors, &(&1.action != :keep))
     output_bytes = sum(report.files, :bytes)
 
     %{
@@ -89,10 +102,11 @@ defmodule VivaTensor.Report do
       | output_bytes: output_bytes,
         quantized: length(quantized),
         kept: length(report.tensors) - length(quantized),
+        lossless: lossless(report),
         ratio: report.input_bytes / max(output_bytes, 1),
         bits_per_weight: bits_per_weight(quantized),
-        sqnr_db: sqnr_db(quantized),
-        worst: worst(quantized),
+        sqnr_db: sqnr_db(measured),
+        worst: worst(measured),
         bytes_per_second: sum(report.tensors, :input_bytes) / max(report.seconds, 1.0e-6),
         versions: versions()
     }
@@ -104,18 +118,26 @@ defmodule VivaTensor.Report do
   """
   @spec row(map, map) :: row
   def row(unit, stats) do
-    stats = Map.new(stats, fn {key, value} -> {key, if(is_number(value), do: value)} end)
+    stats =
+      Map.new(stats, fn {key, value} ->
+        {key, if(is_number(value) or is_boolean(value), do: value)}
+      end)
+
     row = Map.merge(stats, Map.take(unit, [:name, :shape, :dtype, :action, :format, :reason]))
 
-    if row.action == :quantize,
-      do: Map.put(row, :bits_per_weight, bits_per_weight([row])),
-      else: row
+    case row.action do
+      :keep -> Map.drop(row, [:lossless, :changed])
+      :quantize -> with_bits(row)
+      :convert -> row |> Map.merge(Map.take(unit, [:from, :quantized])) |> with_bits()
+    end
   end
+
+  defp with_bits(row), do: Map.put(row, :bits_per_weight, bits_per_weight([row]))
 
   @doc "A report as plain data: what `report.json` holds."
   @spec to_map(t) :: map
   def to_map(%__MODULE__{} = report) do
-    report |> Map.from_struct() |> Map.update!(:recipe, &Recipe.to_map/1)
+    report |> Map.from_struct() |> Map.update!(:recipe, fn %kind{} = r -> kind.to_map(r) end)
   end
 
   @doc """
@@ -149,33 +171,70 @@ defmodule VivaTensor.Report do
     ])
   end
 
+  defp summary(%{recipe: %Conversion{}} = report) do
+    lossy = Enum.count(report.tensors, &(&1.action == :convert)) - report.lossless
+
+    [
+      sizes(report),
+      "lossless   #{report.lossless} tensors\n",
+      if lossy > 0 do
+        [
+          "changed    #{lossy} tensors",
+          if(report.sqnr_db, do: ", SQNR #{decimals(report.sqnr_db, 2)} dB", else: ""),
+          lowest(report.worst),
+          "\n"
+        ]
+      else
+        []
+      end,
+      "kept       #{Enum.count(report.tensors, &(&1.action == :keep))} tensors\n",
+      time(report)
+    ]
+  end
+
   defp summary(report) do
     [
-      "on disk    #{Size.format(report.input_bytes)} -> #{Size.format(report.output_bytes)}",
-      " (#{decimals(report.ratio, 2)}x smaller)\n",
+      sizes(report),
       if report.quantized > 0 do
         [
           "quantized  #{report.quantized} tensors, #{decimals(report.bits_per_weight, 3)} bits per weight",
           if(report.sqnr_db, do: ", SQNR #{decimals(report.sqnr_db, 2)} dB", else: ", no error"),
-          if(report.worst,
-            do: " (lowest #{decimals(report.worst.sqnr_db, 2)} dB, #{report.worst.name})",
-            else: ""
-          ),
+          lowest(report.worst),
           "\n"
         ]
       else
         "quantized  nothing\n"
       end,
       "kept       #{report.kept} tensors\n",
-      "time       #{decimals(report.seconds, 2)} s, #{decimals(report.bytes_per_second / 1.0e9, 2)} GB/s\n"
+      time(report)
     ]
   end
+
+  defp sizes(report) do
+    {ratio, word} =
+      if report.ratio >= 1, do: {report.ratio, "smaller"}, else: {1 / report.ratio, "larger"}
+
+    "on disk    #{Size.format(report.input_bytes)} -> #{Size.format(report.output_bytes)}" <>
+      " (#{decimals(ratio, 2)}x #{word})\n"
+  end
+
+  defp time(report) do
+    "time       #{decimals(report.seconds, 2)} s, #{decimals(report.bytes_per_second / 1.0e9, 2)} GB/s\n"
+  end
+
+  defp lowest(nil), do: ""
+  defp lowest(worst), do: " (lowest #{decimals(worst.sqnr_db, 2)} dB, #{worst.name})"
 
   @doc """
   A recipe in a few words: the format, its layout, and the settings that matter most
   or were asked for.
   """
-  @spec describe(Recipe.t()) :: String.t()
+  @spec describe(Recipe.t() | Conversion.t()) :: String.t()
+  def describe(%Conversion{} = conversion) do
+    floats = if conversion.dtype, do: ", floats in #{conversion.dtype}", else: ""
+    "to #{conversion.layout} layout#{floats}"
+  end
+
   def describe(%Recipe{} = recipe) do
     keys = Enum.uniq([:block_size, :method] ++ Keyword.keys(recipe.options))
 
@@ -202,23 +261,27 @@ defmodule VivaTensor.Report do
   # "model.layers.11.mlp.up_proj.weight" belongs to "model.layers.*.mlp.up_proj.weight"
   defp group_key(row) do
     name = Regex.replace(~r/(?<=^|\.)\d+(?=\.|$)/, row.name, "*")
-    {name, row.dtype, row.shape, row.action, row.reason}
+    {name, row.dtype, row.shape, row.action, row.format, row.reason, row[:lossless]}
   end
 
   defp table_row({name, [row | _] = rows}) do
-    quantized? = row.action == :quantize
-    lowest = if quantized?, do: worst(rows)
+    done? = row.action != :keep
+    lowest = if done?, do: worst(rows)
 
     [
       name,
       length(rows),
-      row.dtype,
+      if(row[:from], do: "#{row.from} #{row.dtype}", else: row.dtype),
       Enum.join(row.shape, "x"),
       stored_as(row),
       rows |> sum(:input_bytes) |> Size.format(),
       rows |> sum(:output_bytes) |> Size.format(),
-      if(quantized?, do: rows |> bits_per_weight() |> decimals(3)),
-      if(lowest, do: decimals(lowest.sqnr_db, 2))
+      if(done?, do: rows |> bits_per_weight() |> decimals(3)),
+      cond do
+        lowest -> decimals(lowest.sqnr_db, 2)
+        row[:lossless] -> "lossless"
+        true -> nil
+      end
     ]
   end
 
@@ -228,7 +291,10 @@ defmodule VivaTensor.Report do
 
   # Totals
 
-  defp quantized(report), do: Enum.filter(report.tensors, &(&1.action == :quantize))
+  defp lossless(%{recipe: %Conversion{}, tensors: rows}),
+    do: Enum.count(rows, &(&1[:lossless] == true))
+
+  defp lossless(_report), do: nil
 
   defp sum(rows, key), do: rows |> Enum.map(&Map.fetch!(&1, key)) |> Enum.sum()
 
@@ -240,7 +306,7 @@ defmodule VivaTensor.Report do
 
   defp worst(rows) do
     rows
-    |> Enum.filter(&is_number(&1.sqnr_db))
+    |> Enum.filter(&is_number(&1[:sqnr_db]))
     |> Enum.min_by(& &1.sqnr_db, fn -> nil end)
     |> case do
       nil -> nil
@@ -251,7 +317,7 @@ defmodule VivaTensor.Report do
   # SQNR of all weights together: the energies of signals and errors add up. A
   # tensor without error adds no noise, and no figure tells its energy.
   defp sqnr_db(rows) do
-    rows = Enum.filter(rows, &(is_number(&1.sqnr_db) and &1.mse > 0))
+    rows = Enum.filter(rows, &(is_number(&1[:sqnr_db]) and &1.mse > 0))
     noise = rows |> Enum.map(&(&1.mse * &1.elements)) |> Enum.sum()
 
     signal =

@@ -192,9 +192,9 @@ defmodule VivaTensor.Job.Machine do
 
   defp start(%{work: {:unit, unit, id}} = step, data) do
     # The worker gets these few terms, not the whole plan.
-    %{plan: %{checkpoint: %{ref: checkpoint}, spec: spec}, cancel: cancel} = data
+    %{plan: %{checkpoint: %{ref: checkpoint}, work: work}, cancel: cancel} = data
     metadata = unit_metadata(step, unit)
-    in_shard(id, step, data, &Unit.run(unit, checkpoint, spec, &1, cancel, metadata))
+    in_shard(id, step, data, &Unit.run(unit, checkpoint, work, &1, cancel, metadata))
   end
 
   defp start(%{work: {:finish, id}} = step, data), do: in_shard(id, step, data, &Shard.finish/1)
@@ -243,7 +243,7 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp completed(:running, %{work: {:unit, unit, id}}, {:error, error}, data) do
-    case {error.reason, data.options.recipe.non_finite} do
+    case {error.reason, Map.get(data.options.recipe, :non_finite)} do
       {{:non_finite, found}, :keep} ->
         reason = non_finite(found)
         notify(data, {:kept, %{name: unit.name, reason: reason}})
@@ -431,7 +431,13 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp metadata(%{options: options}) do
-    %{job: self(), source: options.source, to: options.to, format: options.recipe.format}
+    %{
+      job: self(),
+      source: options.source,
+      to: options.to,
+      format: Map.get(options.recipe, :format),
+      layout: options.recipe.layout
+    }
   end
 
   defp unit_metadata(step, unit) do

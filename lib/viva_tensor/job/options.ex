@@ -3,7 +3,7 @@ defmodule VivaTensor.Job.Options do
   The options of a job, checked once, before a process is started for it.
   """
 
-  alias VivaTensor.{Error, Recipe, Size}
+  alias VivaTensor.{Conversion, Error, Recipe, Size}
 
   @keys [
     :source,
@@ -31,7 +31,7 @@ defmodule VivaTensor.Job.Options do
   @type t :: %__MODULE__{
           source: Path.t(),
           to: Path.t(),
-          recipe: Recipe.t(),
+          recipe: Recipe.t() | Conversion.t(),
           memory_limit: pos_integer,
           max_concurrency: pos_integer,
           max_shard_size: pos_integer,
@@ -103,10 +103,23 @@ defmodule VivaTensor.Job.Options do
 
   defp recipe(own, recipe_opts) do
     case {Keyword.get(own, :recipe), recipe_opts} do
-      {nil, opts} -> Recipe.new(opts)
-      {%Recipe{} = recipe, []} -> {:ok, recipe}
-      {%Recipe{}, [{key, _} | _]} -> invalid(key, "goes into the recipe, not beside it")
-      {other, _} -> invalid(:recipe, "expected a VivaTensor.Recipe, got #{inspect(other)}")
+      {nil, opts} ->
+        case Keyword.pop(opts, :convert) do
+          {nil, opts} -> Recipe.new(opts)
+          {layout, opts} -> Conversion.new([layout: layout] ++ opts)
+        end
+
+      {%kind{} = recipe, []} when kind in [Recipe, Conversion] ->
+        {:ok, recipe}
+
+      {%kind{}, [{key, _} | _]} when kind in [Recipe, Conversion] ->
+        invalid(key, "goes into the recipe, not beside it")
+
+      {other, _} ->
+        invalid(
+          :recipe,
+          "expected a VivaTensor.Recipe or VivaTensor.Conversion, got #{inspect(other)}"
+        )
     end
   end
 

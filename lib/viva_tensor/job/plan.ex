@@ -9,21 +9,22 @@ defmodule VivaTensor.Job.Plan do
   out the end of a job, but one large unit already uses every native thread.
   """
 
-  alias VivaTensor.{Error, Native, Recipe}
+  alias VivaTensor.{Conversion, Error, Native, Recipe}
   alias VivaTensor.Job.{FileError, Options, Unit}
 
-  @enforce_keys [:checkpoint, :bytes_on_disk, :spec, :file, :shards]
-  defstruct [:checkpoint, :bytes_on_disk, :spec, :file, :shards]
+  @enforce_keys [:checkpoint, :bytes_on_disk, :work, :file, :shards]
+  defstruct [:checkpoint, :bytes_on_disk, :work, :file, :shards]
 
   @typedoc """
   `checkpoint` is what the native side tells of the opened source, `bytes_on_disk`
-  the size of its weight files, headers included, `file` the name of the output's
+  the size of its weight files, headers included, `work` the native form of the
+  recipe or of the conversion, `file` the name of the output's
   one file where the layout is a file format that holds a whole model.
   """
   @type t :: %__MODULE__{
           checkpoint: map,
           bytes_on_disk: non_neg_integer,
-          spec: reference,
+          work: Unit.work(),
           file: String.t() | nil,
           shards: [[Unit.t()]]
         }
@@ -32,17 +33,14 @@ defmodule VivaTensor.Job.Plan do
   @spec make(Options.t()) :: {:ok, t} | {:error, Error.t()}
   def make(%Options{} = options) do
     with {:ok, checkpoint} <- options.source |> Native.checkpoint_open() |> Error.wrap(:source),
-         :ok <- not_quantized_already(checkpoint),
          {:ok, bytes_on_disk} <- bytes_on_disk(checkpoint.files),
-         {:ok, spec} <- Recipe.spec(options.recipe),
-         {:ok, file} <- spec |> Native.plan_source(checkpoint.ref) |> Error.wrap(:source),
-         units = units(checkpoint, spec, options.recipe),
+         {:ok, work, file, units} <- decide(options.recipe, checkpoint),
          {:ok, shards} <- shards(units, file, options.max_shard_size) do
       {:ok,
        %__MODULE__{
          checkpoint: checkpoint,
          bytes_on_disk: bytes_on_disk,
-         spec: spec,
+         work: work,
          file: file,
          shards: shards
        }}
@@ -67,6 +65,26 @@ defmodule VivaTensor.Job.Plan do
 
   def shards(units, _file, _max_shard_size), do: {:ok, [units]}
 
+  defp decide(%Recipe{} = recipe, checkpoint) do
+    with :ok <- not_quantized_already(checkpoint),
+         {:ok, spec} <- Recipe.spec(recipe),
+         {:ok, file} <- spec |> Native.plan_source(checkpoint.ref) |> Error.wrap(:source) do
+      {:ok, {:quantize, spec}, file, units(checkpoint, spec, recipe)}
+    end
+  end
+
+  defp decide(%Conversion{} = conversion, checkpoint) do
+    with {:ok, plan} <- Conversion.plan(conversion, checkpoint) do
+      units =
+        for {unit, id} <- Enum.with_index(plan.units) do
+          reason = if unit.action == :keep, do: "not quantized"
+          struct!(Unit, Map.merge(unit, %{id: id, reason: reason}))
+        end
+
+      {:ok, {:convert, plan.ref}, plan.file, units}
+    end
+  end
+
   defp bytes_on_disk(files) do
     Enum.reduce_while(files, {:ok, 0}, fn file, {:ok, bytes} ->
       case file |> File.stat() |> FileError.wrap(:source, file) do
@@ -84,6 +102,7 @@ defmodule VivaTensor.Job.Plan do
         shape: entry.shape,
         dtype: entry.dtype,
         action: :quantize,
+        quantized: true,
         input_bytes: entry.nbytes,
         output_bytes: entry.nbytes
       }
@@ -100,16 +119,30 @@ defmodule VivaTensor.Job.Plan do
     end
   end
 
-  defp not_quantized_already(%{config: %{"quantization_config" => config}}) when is_map(config) do
-    method = config["quant_method"] || "an unnamed method"
+  # The tensors tell, and where they do not, the configuration does.
+  defp not_quantized_already(checkpoint) do
+    with {:ok, contents} <- checkpoint.ref |> Native.checkpoint_contents() |> Error.wrap(:source) do
+      case {Enum.find(contents, & &1.layout), checkpoint.config} do
+        {%{layout: layout, format: format}, _} ->
+          quantized_already("#{format} in #{layout} layout", layout)
 
+        {nil, %{"quantization_config" => %{} = config}} ->
+          method = config["quant_method"] || "an unnamed method"
+          quantized_already(method, method)
+
+        _ ->
+          :ok
+      end
+    end
+  end
+
+  defp quantized_already(what, method) do
     {:error,
      Error.new(
        :source,
-       {:already_quantized, %{quant_method: method}},
-       "the source is already quantized (#{method}); start from the original checkpoint"
+       {:already_quantized, %{quant_method: to_string(method)}},
+       "the source is quantized already (#{what}); start from the original checkpoint, " <>
+         "or give it another layout with mix viva.convert"
      )}
   end
-
-  defp not_quantized_already(_checkpoint), do: :ok
 end

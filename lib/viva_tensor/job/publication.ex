@@ -23,8 +23,8 @@ defmodule VivaTensor.Job.Publication do
 
     with {:ok, written} <- rename(shards, output, plan),
          :ok <- write_index(output, written),
-         :ok <- write_config(output, plan, units),
-         :ok <- carry_companions(output, plan),
+         {:ok, written_already} <- write_config(output, plan, units),
+         :ok <- carry_companions(output, plan, written_already),
          report = report(options, plan, rows, written, seconds),
          {:ok, json} <-
            report |> Report.to_map() |> Native.json_encode(true) |> Error.wrap(:output),
@@ -53,47 +53,57 @@ defmodule VivaTensor.Job.Publication do
          do: :ok
   end
 
-  # A file that holds a whole model says itself how to load it.
-  defp write_config(_output, %{file: file}, _units) when file != nil, do: :ok
+  # Writes what says how to load the weights; returns the names of files that are
+  # then not to be taken from the source. A file that holds a whole model says that
+  # itself.
+  defp write_config(_output, %{file: file}, _units) when file != nil, do: {:ok, []}
+
+  defp write_config(output, %{work: {:convert, conversion}} = plan, units) do
+    with {:ok, {files, stale}} <-
+           conversion
+           |> Native.conversion_files(plan.checkpoint.ref, kept_modules(units))
+           |> Error.wrap(:source),
+         :ok <- write_all(output, files) do
+      {:ok, stale ++ Enum.map(files, &elem(&1, 0))}
+    end
+  end
 
   # Without config.json the source is bare weights, and nothing says how to load them.
-  defp write_config(output, plan, units) do
+  defp write_config(output, %{work: {:quantize, spec}} = plan, units) do
     config = Enum.find(plan.checkpoint.companions, &(&1.relative == @config))
 
-    cond do
-      config == nil ->
-        :ok
-
-      Enum.any?(units, &(&1.action == :quantize)) ->
-        with {:ok, source} <- config.file |> File.read() |> FileError.wrap(:source, config.file),
-             {:ok, files} <-
-               plan.spec
-               |> Native.config_files(source, kept_modules(units))
-               |> Error.wrap(:source) do
-          each(files, fn {name, json} ->
-            with {:ok, _} <- write(output, name, json), do: :ok
-          end)
-        end
-
-      true ->
-        carry(output, config)
+    if config != nil and Enum.any?(units, & &1.quantized) do
+      with {:ok, source} <- config.file |> File.read() |> FileError.wrap(:source, config.file),
+           {:ok, files} <-
+             spec |> Native.config_files(source, kept_modules(units)) |> Error.wrap(:source),
+           :ok <- write_all(output, files) do
+        {:ok, Enum.map(files, &elem(&1, 0))}
+      end
+    else
+      {:ok, []}
     end
+  end
+
+  defp write_all(output, files) do
+    each(files, fn {name, text} ->
+      with {:ok, _} <- write(output, name, text), do: :ok
+    end)
   end
 
   defp kept_modules(units) do
     Recipe.kept_modules(
       for unit <- units do
-        {unit, if(unit.action == :keep, do: {:keep, unit.reason}, else: :quantize)}
+        {unit, if(unit.quantized, do: :quantize, else: {:keep, unit.reason})}
       end
     )
   end
 
-  defp carry_companions(_output, %{file: file}) when file != nil, do: :ok
+  defp carry_companions(_output, %{file: file}, _but) when file != nil, do: :ok
 
   # A report in the source is of another job.
-  defp carry_companions(output, plan) do
+  defp carry_companions(output, plan, but) do
     plan.checkpoint.companions
-    |> Enum.reject(&(&1.relative in [@config, @report]))
+    |> Enum.reject(&(&1.relative == @report or &1.relative in but))
     |> each(&carry(output, &1))
   end
 

@@ -57,18 +57,26 @@ defmodule VivaTensor.Job.Shard do
   @doc "Creates the file with room for every unit of the plan's source, unless that was done."
   @spec open(t, reference, Plan.t()) :: {:ok, t} | {:error, Error.t()}
   def open(%__MODULE__{ref: nil} = shard, output, plan) do
-    tensors = for unit <- shard.units, do: {unit.name, unit.action}
-    metadata = %{"format" => "pt"}
-
-    with {:ok, ref} <-
-           output
-           |> Native.shard_create(file(shard), plan.spec, tensors, plan.checkpoint.ref, metadata)
-           |> Error.wrap(:output) do
+    with {:ok, ref} <- shard |> create(output, plan) |> Error.wrap(:output) do
       {:ok, %{shard | ref: ref}}
     end
   end
 
   def open(%__MODULE__{} = shard, _output, _plan), do: {:ok, shard}
+
+  defp create(shard, output, %{work: {work, ref}, checkpoint: %{ref: source}}) do
+    metadata = %{"format" => "pt"}
+
+    case work do
+      :quantize ->
+        tensors = for unit <- shard.units, do: {unit.name, unit.action}
+        Native.shard_create(output, file(shard), ref, tensors, source, metadata)
+
+      :convert ->
+        names = for unit <- shard.units, do: unit.name
+        Native.conversion_shard(output, file(shard), ref, names, source, metadata)
+    end
+  end
 
   @doc """
   Removes the file of a shard that others replace.

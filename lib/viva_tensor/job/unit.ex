@@ -1,7 +1,8 @@
 defmodule VivaTensor.Job.Unit do
   @moduledoc """
   The piece of work that a worker does at once: one tensor, read from the source
-  and written, quantized or as it is, to its place in a shard of the output.
+  and written, quantized, converted or as it is, to its place in a shard of the
+  output.
 
   Where it goes is reserved when its shard is created, so units may finish in
   any order, and doing one twice writes the same bytes to the same place.
@@ -10,34 +11,67 @@ defmodule VivaTensor.Job.Unit do
   alias VivaTensor.{Error, Native, Telemetry}
 
   @enforce_keys [:id, :name, :shape, :dtype, :action, :input_bytes, :output_bytes]
-  defstruct [:id, :name, :shape, :dtype, :action, :format, :reason, :input_bytes, :output_bytes]
+  defstruct [
+    :id,
+    :name,
+    :shape,
+    :dtype,
+    :action,
+    :format,
+    :reason,
+    :input_bytes,
+    :output_bytes,
+    :from,
+    quantized: false
+  ]
 
-  @typedoc "`reason` says why a tensor is kept, or has another format than the recipe's."
+  @typedoc "The native form of a recipe, or of a conversion."
+  @type work :: {:quantize, reference} | {:convert, reference}
+
+  @typedoc """
+  `reason` says why a tensor is kept, or has another format than the recipe's;
+  `from` is the layout that a converted one had, `quantized` whether the output has
+  it quantized.
+  """
   @type t :: %__MODULE__{
           id: non_neg_integer,
           name: String.t(),
           shape: [non_neg_integer],
           dtype: String.t(),
-          action: :quantize | :keep,
+          action: :quantize | :convert | :keep,
           format: atom,
           reason: String.t() | nil,
           input_bytes: non_neg_integer,
-          output_bytes: non_neg_integer
+          output_bytes: non_neg_integer,
+          from: atom,
+          quantized: boolean
         }
 
   @doc "Memory that the unit may take while it runs."
   @spec bytes(t) :: non_neg_integer
+  def bytes(%__MODULE__{action: :convert} = unit) do
+    # Where codes are chosen anew, all values of the tensor are there at once.
+    unit.input_bytes + unit.output_bytes + 4 * Enum.product(unit.shape)
+  end
+
   def bytes(%__MODULE__{} = unit), do: unit.input_bytes + unit.output_bytes
 
   @doc "The same tensor, kept unquantized."
   @spec keep(t, String.t()) :: t
   def keep(%__MODULE__{} = unit, reason) do
-    %{unit | action: :keep, format: nil, reason: reason, output_bytes: unit.input_bytes}
+    %{
+      unit
+      | action: :keep,
+        format: nil,
+        quantized: false,
+        reason: reason,
+        output_bytes: unit.input_bytes
+    }
   end
 
   @doc "Does the work, in the calling process."
-  @spec run(t, map, reference, reference, reference, map) :: {:ok, map} | {:error, Error.t()}
-  def run(%__MODULE__{} = unit, checkpoint, spec, shard, cancel, metadata) do
+  @spec run(t, reference, work, reference, reference, map) :: {:ok, map} | {:error, Error.t()}
+  def run(%__MODULE__{} = unit, checkpoint, work, shard, cancel, metadata) do
     started = System.monotonic_time()
 
     Telemetry.execute(
@@ -47,9 +81,15 @@ defmodule VivaTensor.Job.Unit do
     )
 
     result =
-      case unit.action do
-        :quantize -> Native.unit_quantize(checkpoint, unit.name, spec, shard, cancel)
-        :keep -> Native.unit_keep(checkpoint, unit.name, spec, shard, cancel)
+      case {work, unit.action} do
+        {{:quantize, spec}, :quantize} ->
+          Native.unit_quantize(checkpoint, unit.name, spec, shard, cancel)
+
+        {{:quantize, spec}, :keep} ->
+          Native.unit_keep(checkpoint, unit.name, spec, shard, cancel)
+
+        {{:convert, conversion}, _} ->
+          Native.unit_convert(checkpoint, unit.name, conversion, shard, cancel)
       end
       |> Error.wrap(:unit)
 

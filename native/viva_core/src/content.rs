@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::format::Quantized;
 use crate::io::{Checkpoint, EntryDType};
 use crate::layout::gguf;
-use crate::layout::{self, Source};
+use crate::layout::{self, Found, Source};
 use crate::tensor::Tensor;
 
 /// One logical tensor of a checkpoint: the parts of a quantized weight count
@@ -93,15 +93,24 @@ pub enum Read {
 /// have `transformers`' name too, and its rows are then in that order.
 pub fn read(source: &Checkpoint, name: &str) -> Result<Read> {
     let names: Vec<&str> = source.entries().map(|e| e.name.as_str()).collect();
-    if let Some(f) = layout::find(&names).into_iter().find(|f| f.name == name) {
-        for tensor in &f.tensors {
-            source.check_unchanged(tensor)?;
-        }
-        let tensor = |name: &str| source.tensor(name);
-        let from = Source::new(&tensor, source.config().unwrap_or(&Value::Null));
-        let q = layout::layout(f.layout)?.read(name, &from)?;
-        return Ok(Read::Quantized(q));
+    match layout::find(&names).into_iter().find(|f| f.name == name) {
+        Some(found) => read_found(source, &found).map(Read::Quantized),
+        None => read_single(source, name),
     }
+}
+
+/// Reads a quantized tensor from those that spell it.
+pub fn read_found(source: &Checkpoint, found: &Found) -> Result<Quantized> {
+    for tensor in &found.tensors {
+        source.check_unchanged(tensor)?;
+    }
+    let tensor = |name: &str| source.tensor(name);
+    let from = Source::new(&tensor, source.config().unwrap_or(&Value::Null));
+    layout::layout(found.layout)?.read(&found.name, &from)
+}
+
+/// Reads a tensor that one entry spells.
+pub fn read_single(source: &Checkpoint, name: &str) -> Result<Read> {
     let (name, order) = match gguf::locate(source, name)? {
         Some((theirs, order)) => (theirs, order),
         None => (name.to_string(), None),

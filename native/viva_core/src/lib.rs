@@ -31,6 +31,7 @@
 
 pub mod calibration;
 pub mod content;
+pub mod convert;
 pub mod error;
 pub mod format;
 pub mod formats;
@@ -41,6 +42,7 @@ pub mod ops;
 pub mod simd;
 pub mod small_float;
 pub mod tensor;
+pub mod transcode;
 pub mod unit;
 
 pub use error::{Error, Result};

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::format::Spec;
+use crate::format::{Quantized, Spec};
 use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, ShardWriter};
 use crate::layout::gguf::{self, RowOrder};
 use crate::layout::{Entries, Layout};
@@ -143,10 +143,6 @@ pub fn quantize_into(
     source.check_unchanged(name)?;
     let tensor = source.tensor(name)?;
     let spec = target.spec_for(tensor.shape())?;
-    let late = target
-        .layout
-        .entries(&spec, name, tensor.shape(), tensor.dtype())?
-        .late;
     let order = match target.layout.whole_file() {
         None => None,
         Some(whole) => whole.row_order(source, source.entry(name)?)?,
@@ -157,22 +153,9 @@ pub fn quantize_into(
         // The source is done with: its pages go before the output's arrive.
         source.give_back(name)?;
         let bits_per_weight = q.bits_per_weight();
-        let q = match order {
-            Some(order) => gguf::reordered(name, q, order)?,
-            None => q,
-        };
-        let mut output_bytes = 0;
-        for (part, bytes) in target.layout.spell(name, &q)? {
-            output_bytes += bytes.len();
-            if late.iter().any(|l| l.name == part) {
-                shard.write_late(&part, &bytes)?;
-            } else {
-                write(shard, &part, &bytes, cancel)?;
-            }
-        }
         Ok(Done {
             input_bytes: tensor.bytes().len(),
-            output_bytes,
+            output_bytes: spell_into(target.layout, name, q, order, shard, cancel)?,
             elements: tensor.len(),
             bits_per_weight: Some(bits_per_weight),
             metrics: Some(metrics),
@@ -184,11 +167,38 @@ pub fn quantize_into(
     done
 }
 
+/// Writes a quantized tensor as its layout spells it, its rows in that order;
+/// returns the bytes written.
+pub(crate) fn spell_into(
+    layout: &dyn Layout,
+    name: &str,
+    q: Quantized,
+    order: Option<RowOrder>,
+    shard: &ShardWriter,
+    cancel: &Cancel,
+) -> Result<usize> {
+    let late = layout.entries(&q.spec, name, &q.shape, q.dtype)?.late;
+    let mut written = 0;
+    let q = match order {
+        Some(order) => gguf::reordered(name, q, order)?,
+        None => q,
+    };
+    for (part, bytes) in layout.spell(name, &q)? {
+        written += bytes.len();
+        if late.iter().any(|l| l.name == part) {
+            shard.write_late(&part, &bytes)?;
+        } else {
+            write(shard, &part, &bytes, cancel)?;
+        }
+    }
+    Ok(written)
+}
+
 /// Bytes that are written between two looks at the cancel flag.
 const COPY: usize = 1 << 20;
 
 /// Writes one tensor of a shard, piece by piece.
-fn write(shard: &ShardWriter, name: &str, bytes: &[u8], cancel: &Cancel) -> Result<()> {
+pub(crate) fn write(shard: &ShardWriter, name: &str, bytes: &[u8], cancel: &Cancel) -> Result<()> {
     for (i, chunk) in bytes.chunks(COPY).enumerate() {
         cancel.check()?;
         shard.write_at(name, i * COPY, chunk)?;

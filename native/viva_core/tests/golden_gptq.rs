@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use support::golden::Golden;
 use support::{dequantized, make, on_every_level, quantized};
 use viva_core::format::Quantized;
-use viva_core::layout::{self, Source, layout};
+use viva_core::layout::{self, Modules, Source, layout};
 use viva_core::tensor::{DType, Tensor};
 use viva_core::{Error, Result};
 
@@ -149,7 +149,8 @@ fn our_own_weights_come_back() {
                 Tensor::from_slice(dtype, &entries[i].shape, &spelled[i].1)
             };
             let mut config = json!({});
-            layout.config(&q.spec, &mut config, &["lm_head".into(), "a.b".into()]);
+            let kept = ["lm_head".to_string(), "a.b".into()];
+            layout.config(&Modules::all(&q.spec, &kept), &mut config);
             let written = &config["quantization_config"];
             assert_eq!(written["checkpoint_format"], name);
             assert_eq!(written["dynamic"], json!({"-:^a\\.b$": {}}));

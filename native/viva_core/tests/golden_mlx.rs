@@ -7,7 +7,7 @@ use serde_json::json;
 use support::golden::Golden;
 use support::{dequantized, int, make, name, on_every_level, quantized};
 use viva_core::format::Spec;
-use viva_core::layout::{Source, layout};
+use viva_core::layout::{Modules, Source, layout};
 use viva_core::tensor::DType;
 
 /// The spec of `{dtype}.…/b{bits}.g{group}`, and the weight's dtype.
@@ -60,7 +60,7 @@ fn codes_scales_biases_and_values_are_theirs() {
             let group = spec.block_len(&[]);
             let mut config = json!({"quantization": {"group_size": 1, "bits": 9}});
             layout.check(&spec).unwrap();
-            layout.config(&spec, &mut config, &[]);
+            layout.config(&Modules::all(&spec, &[]), &mut config);
             assert_eq!(config["quantization"]["group_size"], group);
             let read = layout.read("m.weight", &Source::new(&tensor, &config));
             let read = read.unwrap();

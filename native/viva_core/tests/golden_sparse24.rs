@@ -11,7 +11,7 @@ use support::{make, name, on_every_level, quantized};
 use viva_core::Error;
 use viva_core::format::{Quantized, Spec};
 use viva_core::io::EntryDType;
-use viva_core::layout::{self, Layout, Source};
+use viva_core::layout::{self, Layout, Modules, Source};
 use viva_core::tensor::{DType, Tensor};
 
 const SUFFIXES: [&str; 4] = ["compressed", "bitmask", "shape", "weight_scale"];
@@ -268,7 +268,8 @@ fn configs_are_its_own() {
         let theirs = golden.tensor(&format!("{case}/config"));
         let theirs: Value = serde_json::from_slice(theirs.bytes()).unwrap();
         let mut ours = json!({});
-        compressed_tensors().config(&spec_of(scheme), &mut ours, &["lm_head".into()]);
+        let (spec, kept) = (spec_of(scheme), ["lm_head".to_string()]);
+        compressed_tensors().config(&Modules::all(&spec, &kept), &mut ours);
         assert_eq!(said(&ours["quantization_config"]), said(&theirs), "{case}");
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use rustler::{Atom, Binary, Encoder, Env, Term};
 use serde_json::Value;
 use viva_core::io::{self, EntryDType, OutputDir, WrittenShard};
+use viva_core::layout::Modules;
 use viva_core::tensor::DType;
 use viva_core::unit::{self, Done, Planned, Target};
 use viva_core::{Error, layout};
@@ -75,7 +76,7 @@ fn config_files(
         message: e.to_string(),
     })?;
     let Target { layout, spec } = &target.0;
-    layout.config(spec, &mut value, &kept);
+    layout.config(&Modules::all(spec, &kept), &mut value);
     let mut files = layout.companions(&value);
     files.insert(0, ("config.json", value));
     let text = |(name, value): (_, Value)| (name, format!("{value:#}\n"));
@@ -90,7 +91,7 @@ fn output_create(target: String, force: bool, protected: Vec<String>) -> Outcome
 }
 
 /// Runs `f` on an output that is neither committed nor aborted.
-fn with_output<R>(
+pub fn with_output<R>(
     output: &OutputRef,
     f: impl FnOnce(&mut OutputDir) -> Result<R, Error>,
 ) -> Result<R, Error> {

@@ -2,6 +2,7 @@
 //! arithmetic lives here.
 
 mod checkpoint;
+mod conversion;
 mod error;
 mod job;
 mod json;

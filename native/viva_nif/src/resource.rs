@@ -5,6 +5,7 @@ use std::sync::{Arc, RwLock};
 use rustler::env::SavedTerm;
 use rustler::{Binary, Env, OwnedBinary, OwnedEnv, Resource, ResourceArc};
 use viva_core::Error;
+use viva_core::convert::Conversion;
 use viva_core::format::Quantized;
 use viva_core::io::{Checkpoint, OutputDir, ShardWriter};
 use viva_core::ops::Cancel;
@@ -49,6 +50,7 @@ resources!(
     QuantizedResource(Slot<Quantized>),
     CheckpointResource(Slot<Checkpoint>),
     TargetResource(Target),
+    ConversionResource(Conversion),
     OutputResource(std::sync::Mutex<Option<OutputDir>>),
     ShardResource(ShardWriter),
     CancelResource(Cancel),
@@ -58,6 +60,7 @@ pub type TensorRef = ResourceArc<TensorResource>;
 pub type QuantizedRef = ResourceArc<QuantizedResource>;
 pub type CheckpointRef = ResourceArc<CheckpointResource>;
 pub type TargetRef = ResourceArc<TargetResource>;
+pub type ConversionRef = ResourceArc<ConversionResource>;
 pub type OutputRef = ResourceArc<OutputResource>;
 pub type ShardRef = ResourceArc<ShardResource>;
 pub type CancelRef = ResourceArc<CancelResource>;

@@ -9,8 +9,8 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::{
-    Entries, Found, Layout, Source, Spelled, compute_in_f16, expect, invalid, module, refuse,
-    set_config,
+    Entries, Found, Layout, Modules, Source, Spelled, compute_in_f16, expect, invalid, module,
+    refuse, set_config,
 };
 use crate::error::Result;
 use crate::format::{
@@ -123,8 +123,13 @@ impl Layout for Awq {
         ])
     }
 
-    fn config(&self, spec: &Spec, config: &mut Value, kept: &[String]) {
-        let group = match spec.granularity {
+    fn one_for_all(&self) -> bool {
+        true
+    }
+
+    fn config(&self, modules: &Modules, config: &mut Value) {
+        let kept = modules.kept;
+        let group = match modules.spec.granularity {
             Granularity::Block(n) => json!(n),
             _ => json!(-1),
         };

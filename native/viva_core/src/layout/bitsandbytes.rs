@@ -10,7 +10,9 @@ use std::borrow::Cow;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Entries, Found, Layout, Source, Spelled, expect, invalid, module, refuse, set_config};
+use super::{
+    Entries, Found, Layout, Modules, Source, Spelled, expect, invalid, module, refuse, set_config,
+};
 use crate::error::{Error, Result};
 use crate::format::{
     Granularity, Input, Method, OptionValue, Quantized, Scale, Spec, Values, Zero,
@@ -167,7 +169,12 @@ impl Layout for Bitsandbytes {
         Ok(spelled)
     }
 
-    fn config(&self, spec: &Spec, config: &mut Value, kept: &[String]) {
+    fn one_for_all(&self) -> bool {
+        true
+    }
+
+    fn config(&self, modules: &Modules, config: &mut Value) {
+        let Modules { spec, kept, .. } = modules;
         let four = is_4bit(spec);
         // An explicit list replaces the loader's default, which keeps lm_head.
         let mut skip: Vec<&str> = kept.iter().map(String::as_str).collect();

@@ -15,8 +15,8 @@ use std::borrow::Cow;
 use serde_json::{Value, json};
 
 use super::{
-    Entries, Found, Layout, Source, Spelled, compute_in_f16, expect, invalid, module, refuse,
-    set_config,
+    Entries, Found, Layout, Modules, Source, Spelled, compute_in_f16, expect, invalid, module,
+    refuse, set_config,
 };
 use crate::error::Result;
 use crate::format::{
@@ -215,14 +215,15 @@ impl Layout for Gptq {
         ])
     }
 
-    fn config(&self, spec: &Spec, config: &mut Value, kept: &[String]) {
-        let group = match spec.granularity {
+    fn config(&self, modules: &Modules, config: &mut Value) {
+        let Modules { spec, others, kept } = modules;
+        let group = |spec: &Spec| match spec.granularity {
             Granularity::Block(n) => json!(n),
             _ => json!(-1),
         };
         let mut value = json!({
             "bits": width(spec),
-            "group_size": group,
+            "group_size": group(spec),
             "desc_act": spec.act_order,
             "sym": spec.symmetric,
             "lm_head": false,
@@ -233,12 +234,23 @@ impl Layout for Gptq {
             "pack_dtype": "int32",
             "meta": {"quantizer": [concat!("viva_tensor:", env!("CARGO_PKG_VERSION"))]},
         });
-        // Patterns of modules that a loader must not expect to be quantized.
-        let dynamic: serde_json::Map<String, Value> = kept
+        // Patterns of modules that a loader must not expect to be quantized, or
+        // quantized otherwise.
+        let pattern = |sign, module: &str| format!("{sign}:^{}$", module.replace('.', "\\."));
+        let mut dynamic: serde_json::Map<String, Value> = kept
             .iter()
             .filter(|module| *module != "lm_head")
-            .map(|module| (format!("-:^{}$", module.replace('.', "\\.")), json!({})))
+            .map(|module| (pattern('-', module), json!({})))
             .collect();
+        dynamic.extend(others.iter().map(|(module, spec)| {
+            let own = json!({
+                "bits": width(spec),
+                "group_size": group(spec),
+                "desc_act": spec.act_order,
+                "sym": spec.symmetric,
+            });
+            (pattern('+', module), own)
+        }));
         if !dynamic.is_empty() {
             value["dynamic"] = Value::Object(dynamic);
         }

@@ -9,7 +9,9 @@ use std::borrow::Cow;
 
 use serde_json::{Value, json};
 
-use super::{Entries, Found, Layout, Source, Spelled, invalid, module, refuse, set_config};
+use super::{
+    Entries, Found, Layout, Modules, Source, Spelled, invalid, module, refuse, set_config,
+};
 use crate::error::Result;
 use crate::format::{
     Granularity, Input, Method, OptionValue, Quantized, Scale, Spec, Values, Zero,
@@ -92,16 +94,23 @@ impl Layout for Mlx {
         ])
     }
 
-    fn config(&self, spec: &Spec, config: &mut Value, _kept: &[String]) {
+    fn holds_embeddings(&self) -> bool {
+        true
+    }
+
+    fn config(&self, modules: &Modules, config: &mut Value) {
         // A loader sees what was kept from the names of the tensors.
-        let Granularity::Block(group) = spec.granularity else {
-            return;
+        let setting = |spec: &Spec| {
+            json!({
+                "group_size": spec.block_len(&[]),
+                "bits": int::width(&spec.format),
+                "mode": "affine",
+            })
         };
-        let value = json!({
-            "group_size": group,
-            "bits": int::width(&spec.format),
-            "mode": "affine",
-        });
+        let mut value = setting(modules.spec);
+        for (module, spec) in modules.others {
+            value[module] = setting(spec);
+        }
         if let Value::Object(map) = config {
             map.insert("quantization".into(), value.clone());
         }

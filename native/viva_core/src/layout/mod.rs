@@ -78,6 +78,27 @@ impl<'a> Source<'a> {
     }
 }
 
+/// What was done with the modules of a model, for its config.
+pub struct Modules<'a> {
+    /// The spec of most weights.
+    pub spec: &'a Spec,
+    /// Modules whose weight has another one.
+    pub others: &'a [(String, Spec)],
+    /// Modules with linear weights that were not quantized.
+    pub kept: &'a [String],
+}
+
+impl<'a> Modules<'a> {
+    /// All modules but `kept` under one spec.
+    pub fn all(spec: &'a Spec, kept: &'a [String]) -> Modules<'a> {
+        Modules {
+            spec,
+            others: &[],
+            kept,
+        }
+    }
+}
+
 /// A way to spell quantized tensors.
 pub trait Layout: Send + Sync {
     /// The name by which users ask for it.
@@ -99,9 +120,18 @@ pub trait Layout: Send + Sync {
     /// The bytes of those entries.
     fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>>;
 
-    /// The `quantization_config` of a model directory; `kept` are modules with
-    /// linear weights that were not quantized.
-    fn config(&self, spec: &Spec, config: &mut Value, kept: &[String]);
+    /// The `quantization_config` of a model directory.
+    fn config(&self, modules: &Modules, config: &mut Value);
+
+    /// Whether its config has one format and one block size for all modules.
+    fn one_for_all(&self) -> bool {
+        false
+    }
+
+    /// Whether programs that load it take quantized embeddings and output heads.
+    fn holds_embeddings(&self) -> bool {
+        false
+    }
 
     /// Other files that say the same, from the config that [`Layout::config`] made.
     fn companions(&self, _config: &Value) -> Vec<(&'static str, Value)> {
@@ -115,6 +145,11 @@ pub trait Layout: Send + Sync {
     fn describe(&self, name: &str, source: &Source) -> Result<(String, Vec<usize>)> {
         let q = self.read(name, source)?;
         Ok((q.spec.format, q.shape))
+    }
+
+    /// What will be read where that is not what is written, bit for bit.
+    fn read_back(&self, _q: &Quantized) -> Result<Option<Quantized>> {
+        Ok(None)
     }
 
     /// Reads one of them back.
@@ -270,6 +305,17 @@ fn module(name: &str) -> Result<&str> {
             "only tensors named ….weight have a quantized spelling",
         )
     })
+}
+
+/// The dtype in which the model computes, where its config tells.
+pub fn model_dtype(config: &Value) -> Option<DType> {
+    let name = config.get("dtype").or_else(|| config.get("torch_dtype"))?;
+    match name.as_str()? {
+        "float32" => Some(DType::F32),
+        "float16" => Some(DType::F16),
+        "bfloat16" => Some(DType::BF16),
+        _ => None,
+    }
 }
 
 /// For layouts whose kernels compute in f16, whatever the model was trained in.

@@ -1,12 +1,59 @@
 //! The `quantization_config` of compressed-tensors, as its version 0.20 writes
 //! it of its preset schemes.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::{Kind, width};
+use super::{Kind, Modules, width};
 use crate::format::{Granularity, Spec};
 
-pub fn config(kind: Kind, spec: &Spec, kept: &[String]) -> Value {
+/// One scheme, and the classes or names of modules that it is for.
+pub type Group<'a> = (Kind, &'a Spec, Vec<&'a str>);
+
+/// The groups of modules under different specs.
+pub fn groups<'a>(modules: &Modules<'a>) -> Vec<Group<'a>> {
+    let mut groups: Vec<(&Spec, Vec<&str>)> = vec![(modules.spec, Vec::new())];
+    for (module, spec) in modules.others {
+        match groups.iter_mut().find(|(other, _)| *other == spec) {
+            Some((_, targets)) => targets.push(module),
+            None => groups.push((spec, vec![module])),
+        }
+    }
+    // A name is nearer to a module than its class.
+    groups[0].1 = vec!["Linear"];
+    let of_kind = |(spec, targets)| Kind::of(spec).map(|kind| (kind, spec, targets));
+    groups.into_iter().filter_map(of_kind).collect()
+}
+
+pub fn config(groups: &[Group], kept: &[String]) -> Value {
+    let mut config_groups = Map::new();
+    let mut formats = Vec::new();
+    for (i, (kind, spec, targets)) in groups.iter().enumerate() {
+        config_groups.insert(format!("group_{i}"), group(*kind, spec, targets));
+        if !formats.contains(&kind.format()) {
+            formats.push(kind.format());
+        }
+    }
+    let format = match formats[..] {
+        [only] => only,
+        _ => "mixed-precision",
+    };
+    json!({
+        "config_groups": config_groups,
+        "format": format,
+        "global_compression_ratio": null,
+        "ignore": kept,
+        "kv_cache_scheme": null,
+        "moe_sparsity_config": null,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.20.0",
+    })
+}
+
+/// One group of modules.
+fn group(kind: Kind, spec: &Spec, targets: &[&str]) -> Value {
     let float = !matches!(kind, Kind::Int | Kind::Pack);
     let (strategy, group) = match spec.granularity {
         Granularity::Tensor => ("tensor", None),
@@ -46,27 +93,12 @@ pub fn config(kind: Kind, spec: &Spec, kept: &[String]) -> Value {
         }
         _ => Value::Null,
     };
-    let format = kind.format();
     json!({
-        "config_groups": {
-            "group_0": {
-                "format": format,
-                "input_activations": activations,
-                "output_activations": null,
-                "targets": ["Linear"],
-                "weights": weights,
-            },
-        },
-        "format": format,
-        "global_compression_ratio": null,
-        "ignore": kept,
-        "kv_cache_scheme": null,
-        "moe_sparsity_config": null,
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "sparsity_config": {},
-        "transform_config": {},
-        "version": "0.20.0",
+        "format": kind.format(),
+        "input_activations": activations,
+        "output_activations": null,
+        "targets": targets,
+        "weights": weights,
     })
 }
 

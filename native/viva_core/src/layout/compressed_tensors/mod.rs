@@ -23,7 +23,10 @@ use std::borrow::Cow;
 
 use serde_json::{Value, json};
 
-use super::{Entries, Found, Layout, Source, Spelled, expect, invalid, module, refuse, set_config};
+use super::{
+    Entries, Found, Layout, Modules, Source, Spelled, expect, invalid, model_dtype, module, refuse,
+    set_config,
+};
 use crate::error::{Error, Result};
 use crate::format::{
     self, Granularity, Input, Method, OptionValue, Quantized, Scale, Spec, Values, Zero,
@@ -248,11 +251,12 @@ impl Layout for CompressedTensors {
         Ok(spelled)
     }
 
-    fn config(&self, spec: &Spec, config: &mut Value, kept: &[String]) {
-        if sparse24::holds(spec) {
-            return set_config(config, sparse24::quantization_config(spec, kept));
+    fn config(&self, modules: &Modules, config: &mut Value) {
+        if sparse24::holds(modules.spec) {
+            let quantized = sparse24::quantization_config(modules.spec, modules.kept);
+            return set_config(config, quantized);
         }
-        let Some(kind) = Kind::of(spec) else {
+        let Some(kind) = Kind::of(modules.spec) else {
             return;
         };
         if let (Kind::Nvfp4 | Kind::Mxfp4 | Kind::Mxfp8, Value::Object(map)) = (kind, &mut *config)
@@ -263,7 +267,10 @@ impl Layout for CompressedTensors {
                 *dtype = json!("bfloat16");
             }
         }
-        set_config(config, config::config(kind, spec, kept));
+        set_config(
+            config,
+            config::config(&config::groups(modules), modules.kept),
+        );
     }
 
     fn find(&self, has: &dyn Fn(&str) -> bool, all: &[&str]) -> Vec<Found> {
@@ -556,17 +563,6 @@ impl<'a> Stored<'a> {
             dtype,
             parts,
         })
-    }
-}
-
-/// The dtype in which the model computes, where its config tells.
-fn model_dtype(config: &Value) -> Option<DType> {
-    let name = config.get("dtype").or_else(|| config.get("torch_dtype"))?;
-    match name.as_str()? {
-        "float32" => Some(DType::F32),
-        "float16" => Some(DType::F16),
-        "bfloat16" => Some(DType::BF16),
-        _ => None,
     }
 }
 

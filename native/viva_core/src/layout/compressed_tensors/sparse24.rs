@@ -62,8 +62,8 @@ pub fn spell<'a>(module: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
 /// What a model says whose linear layers are all so, as version 0.14 reads it.
 pub fn quantization_config(spec: &Spec, kept: &[String]) -> Value {
     let mut made = match spec.values {
-        Values::Int8 => config::config(Kind::Int, spec, kept),
-        Values::Fp8E4m3 => config::config(Kind::Float, spec, kept),
+        Values::Int8 => config::config(&[(Kind::Int, spec, vec!["Linear"])], kept),
+        Values::Fp8E4m3 => config::config(&[(Kind::Float, spec, vec!["Linear"])], kept),
         _ => json!({"quant_method": "compressed-tensors", "transform_config": {}}),
     };
     if let Value::Object(map) = &mut made {

@@ -163,6 +163,21 @@ pub(super) fn spell<'a>(name: &str, q: &'a Quantized) -> Result<super::Spelled<'
     Ok(spelled)
 }
 
+/// A global scale that is no power of two changes by being inverted twice.
+pub(super) fn read_back(q: &Quantized) -> Result<Option<Quantized>> {
+    if scale_name(&q.spec, WEIGHT).is_none() {
+        return Ok(None);
+    }
+    let mut back = q.clone();
+    for (name, part) in &mut back.parts {
+        if *name == "global_scale" {
+            let twice = 1.0 / (1.0 / part.to_f32_vec()[0]);
+            *part = Tensor::from_slice(DType::F32, part.shape(), &[twice])?;
+        }
+    }
+    Ok(Some(back))
+}
+
 /// The quantized tensor that an entry of ggml's blocks is.
 pub fn quantized(source: &Checkpoint, entry: &Entry, ggml: &GgmlType) -> Result<Quantized> {
     let mut spec = crate::format::spec(ggml.name, defaults(ggml.name))?;

@@ -8,6 +8,7 @@
 mod blocks;
 mod llama;
 mod names;
+mod restore;
 mod rows;
 mod tokenizer;
 
@@ -16,12 +17,12 @@ use std::path::Path;
 
 use serde_json::{Value as Json, json};
 
-use super::{Entries, Found, Layout, Source, Spelled, WholeFile, invalid, refuse};
+use super::{Entries, Found, Layout, Modules, Source, Spelled, WholeFile, invalid, refuse};
 use crate::error::{Error, Result};
 use crate::format::{OptionValue, Quantized, Spec};
 use crate::io::gguf::{Metadata, Value};
 use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry};
-use crate::tensor::DType;
+use crate::tensor::{DType, Tensor};
 
 use self::blocks::block_type;
 
@@ -35,6 +36,9 @@ const BLOCKS: &str = "blocks";
 
 /// The version of ggml's formats that quantized files have to name.
 const QUANTIZATION_VERSION: u32 = 2;
+
+/// The tensor of llama3's scaling of positions.
+pub const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 const FILE_TYPE: &str = "general.file_type";
 const VERSION: &str = "general.quantization_version";
@@ -131,7 +135,15 @@ impl Layout for Gguf {
         blocks::spell(name, q)
     }
 
-    fn config(&self, _spec: &Spec, _config: &mut Json, _kept: &[String]) {}
+    fn config(&self, _modules: &Modules, _config: &mut Json) {}
+
+    fn holds_embeddings(&self) -> bool {
+        true
+    }
+
+    fn read_back(&self, q: &Quantized) -> Result<Option<Quantized>> {
+        blocks::read_back(q)
+    }
 
     fn find(&self, _has: &dyn Fn(&str) -> bool, _all: &[&str]) -> Vec<Found> {
         // Not by names: the dtype of its one entry tells a quantized tensor.
@@ -221,7 +233,7 @@ impl WholeFile for Gguf {
         let factors = llama::rope_factors(config).map_err(|m| no_llama(source, m))?;
         Ok(factors.map_or(Vec::new(), |factors| {
             let entry = FixedEntry {
-                name: "rope_freqs.weight".into(),
+                name: ROPE_FACTORS.into(),
                 dtype: DType::F32.into(),
                 shape: vec![factors.len()],
             };
@@ -302,12 +314,42 @@ pub fn locate(source: &Checkpoint, name: &str) -> Result<Option<(String, Option<
     Ok(Some((theirs, order)))
 }
 
+/// `transformers`' name for a tensor in the GGUF file of a Llama.
+pub fn renamed(source: &Checkpoint, name: &str) -> Option<String> {
+    source.gguf_metadata().and_then(llama::config)?;
+    names::from_gguf(name)
+}
+
 /// What `config.json` of the Llama in a GGUF file would say.
 pub fn config(source: &Checkpoint) -> Option<Json> {
     let mut config = llama::config(source.gguf_metadata()?)?;
     // Without a head of its own the embedding is used.
     config["tie_word_embeddings"] = json!(source.entry("output.weight").is_err());
+    if let Ok(factors) = source.tensor(ROPE_FACTORS) {
+        restore::tell_factors(&mut config, &factors.to_f32_vec());
+    }
     Some(config)
+}
+
+/// Whether [`config`] says what gives these factors.
+pub fn rope_is_told(source: &Checkpoint, factors: &Tensor) -> bool {
+    let config = source.gguf_metadata().and_then(llama::config);
+    config.is_some_and(|mut c| restore::tell_factors(&mut c, &factors.to_f32_vec()))
+}
+
+/// The tokenizer's files of the model in a GGUF file, but for those that stand
+/// beside it.
+pub fn tokenizer_files(source: &Checkpoint) -> Result<Vec<(String, String)>> {
+    let Some(metadata) = source.gguf_metadata() else {
+        return Ok(Vec::new());
+    };
+    let beside = source.companions()?;
+    let missing = |name: &str| !beside.iter().any(|c| c.relative == Path::new(name));
+    let files = restore::tokenizer(metadata).into_iter();
+    Ok(files
+        .filter(|(name, _)| missing(name))
+        .map(|(name, json)| (name.to_string(), format!("{json:#}\n")))
+        .collect())
 }
 
 /// The same weights with their rows in another order.

@@ -12,13 +12,13 @@ use crate::io::gguf::{Array, Value, ValueType};
 
 /// Kinds of tokens, as llama.cpp numbers them.
 const NORMAL: i32 = 1;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const UNUSED: i32 = 5;
+pub(super) const CONTROL: i32 = 3;
+pub(super) const USER_DEFINED: i32 = 4;
+pub(super) const UNUSED: i32 = 5;
 
 /// Expressions that cut a text into words, and what llama.cpp calls them. It
 /// has each of them compiled in, and takes no other.
-const SPLITS: [(&str, &str); 4] = [
+pub(super) const SPLITS: [(&str, &str); 4] = [
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         "llama-bpe",
