@@ -18,7 +18,8 @@ defmodule VivaTensor do
     * `VivaTensor.Tensor`: dense tensors, read in place.
     * `VivaTensor.Quantized`: codes and scales.
     * `VivaTensor.Checkpoint`: files of tensors.
-    * `VivaTensor.Job`: supervised compression of a checkpoint.
+    * `VivaTensor.Job`: supervised compression of a checkpoint, or its conversion to
+      another layout (`VivaTensor.Conversion`).
   """
 
   alias VivaTensor.{Error, Native, Quantized, Tensor}

@@ -1,6 +1,6 @@
 defmodule VivaTensor.Job do
   @moduledoc """
-  One supervised compression of one checkpoint.
+  One supervised compression, or conversion, of one checkpoint.
 
       {:ok, job} =
         VivaTensor.Job.start(
@@ -13,8 +13,13 @@ defmodule VivaTensor.Job do
       {:ok, report} = VivaTensor.Job.await(job)
       report |> VivaTensor.Report.table() |> IO.puts()
 
+  With `convert:` it gives a quantized checkpoint another layout:
+
+      VivaTensor.Job.start(source: "viva-tiny-nf4", to: "viva-tiny-bf16", convert: :plain)
+
   A job decides for every tensor whether it is quantized or kept
-  (`VivaTensor.Recipe`), runs one unit for each tensor in a worker process of its
+  (`VivaTensor.Recipe`), or what it is converted to (`VivaTensor.Conversion`), runs
+  one unit for each tensor in a worker process of its
   own, and writes a directory that appears under its name only when it is complete
   and synced. A worker that dies is replaced; a failed or cancelled job leaves
   nothing behind; so does one that is killed.
@@ -53,8 +58,10 @@ defmodule VivaTensor.Job do
   - `:max_shard_size` - of the files of the output (`"5GB"`); the gguf layout has
     one file
   - `:notify` - a process to keep informed, see above
-  - `:recipe` - a `VivaTensor.Recipe`, or else its options: see
-    `VivaTensor.Recipe.new/1`
+  - `:recipe` - a `VivaTensor.Recipe` or a `VivaTensor.Conversion`, or else the options
+    of one: see `VivaTensor.Recipe.new/1`
+  - `:convert` - the layout of a conversion, with `:dtype` if floats are to be cast:
+    see `VivaTensor.Conversion.new/1`
 
   Sizes are numbers of bytes or strings such as `"2GB"`. Options that make no
   sense are refused here; everything else that may go wrong is the job's result.

@@ -261,7 +261,7 @@ defmodule VivaTensor.Report do
   # "model.layers.11.mlp.up_proj.weight" belongs to "model.layers.*.mlp.up_proj.weight"
   defp group_key(row) do
     name = Regex.replace(~r/(?<=^|\.)\d+(?=\.|$)/, row.name, "*")
-    {name, row.dtype, row.shape, row.action, row.format, row.reason, row[:lossless]}
+    {name, row.dtype, row.shape, row.action, row[:format], row.reason, row[:lossless]}
   end
 
   defp table_row({name, [row | _] = rows}) do

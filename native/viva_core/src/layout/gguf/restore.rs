@@ -240,3 +240,89 @@ pub(super) fn tell_factors(config: &mut Json, factors: &[f32]) -> bool {
     }
     told
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::gguf::{Array, ValueType};
+
+    fn metadata(pre: &str, adds_bos: bool) -> Metadata {
+        let tokens = ["<s>", "a", "b", "ab", "[PAD4]", "<user>"];
+        let kinds = [CONTROL, 1, 1, 1, UNUSED, USER_DEFINED].map(Value::I32);
+        [
+            ("model", Value::from("gpt2")),
+            ("pre", pre.into()),
+            ("tokens", Array::strings(tokens).into()),
+            (
+                "token_type",
+                Array::new(ValueType::I32, kinds).map_or(Value::I32(0), Value::Array),
+            ),
+            ("merges", Array::strings(["a b"]).into()),
+            ("bos_token_id", 0u32.into()),
+            ("add_bos_token", adds_bos.into()),
+        ]
+        .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value))
+        .into_iter()
+        .collect()
+    }
+
+    #[test]
+    fn a_tokenizer_is_told_again() {
+        let files = tokenizer(&metadata(SMOLLM, true));
+        let [(_, json), (_, settings)] = &files[..] else {
+            panic!("two files, not {}", files.len());
+        };
+        assert_eq!(
+            json["model"]["vocab"],
+            json!({"<s>": 0, "a": 1, "b": 2, "ab": 3, "<user>": 5})
+        );
+        assert_eq!(json["model"]["merges"], json!(["a b"]));
+        let added = json["added_tokens"].as_array().unwrap();
+        let added: Vec<_> = added.iter().map(|t| (&t["id"], &t["special"])).collect();
+        assert_eq!(
+            added,
+            [(&json!(0), &json!(true)), (&json!(5), &json!(false))]
+        );
+        assert_eq!(
+            json["post_processor"]["single"][0]["SpecialToken"]["id"],
+            "<s>"
+        );
+        assert_eq!(json["pre_tokenizer"]["pretokenizers"][0]["type"], "Digits");
+        assert_eq!(
+            (&settings["bos_token"], &settings["add_bos_token"]),
+            (&json!("<s>"), &json!(true))
+        );
+        let plain = tokenizer(&metadata(GPT_2, false));
+        assert_eq!(plain[0].1["post_processor"], Json::Null);
+        assert_eq!(plain[0].1["pre_tokenizer"]["use_regex"], true);
+    }
+
+    #[test]
+    fn other_tokenizers_are_not_made_up() {
+        assert!(tokenizer(&metadata("of another program", false)).is_empty());
+        let mut sentencepiece = metadata(GPT_2, false);
+        sentencepiece.set("tokenizer.ggml.model", "llama");
+        assert!(tokenizer(&sentencepiece).is_empty());
+    }
+
+    #[test]
+    fn factors_of_llama3_are_named() {
+        let plain = json!({
+            "hidden_size": 256, "num_attention_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        });
+        let mut llama3 = plain.clone();
+        llama3["rope_parameters"] = json!({
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        });
+        let factors = llama::rope_factors(&llama3).unwrap().unwrap();
+        let mut told = plain.clone();
+        assert!(tell_factors(&mut told, &factors));
+        assert_eq!(told, llama3);
+        let mut other = plain.clone();
+        assert!(!tell_factors(&mut other, &[1.0, 7.0]));
+        assert_eq!(other, plain);
+    }
+}

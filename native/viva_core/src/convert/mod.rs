@@ -4,21 +4,23 @@
 //! What is quantized goes where the target has a place for it, and to floats
 //! where it has none; what is not quantized stays so.
 
+mod files;
+mod work;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-
-use serde_json::{Value, json};
 
 use crate::content::{self, Read};
 use crate::error::{Error, Result};
 use crate::format::{Granularity, Spec};
 use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, ShardWriter};
-use crate::layout::gguf::{self, ROPE_FACTORS, RowOrder};
-use crate::layout::{self, Entries, Found, Layout, Modules, WholeFile};
-use crate::ops::{Cancel, cast, pool};
-use crate::tensor::{Buffer, DType, Tensor};
-use crate::transcode::{self, Change};
-use crate::unit;
+use crate::layout::gguf::{self, ROPE_FACTORS};
+use crate::layout::{self, Entries, Found, Layout, WholeFile};
+use crate::tensor::DType;
+use crate::transcode;
+
+pub use self::files::{SIDECARS, TextFile};
+pub use self::work::Done;
 
 /// Where a checkpoint is going.
 #[derive(Clone, Copy)]
@@ -124,14 +126,6 @@ impl Piece {
             range: 0..0,
         }
     }
-}
-
-/// What came of one tensor.
-pub struct Done {
-    pub input_bytes: usize,
-    pub output_bytes: usize,
-    pub elements: usize,
-    pub change: Change,
 }
 
 /// The plan of a whole checkpoint.
@@ -331,157 +325,17 @@ impl Conversion {
         }
         Ok(shard)
     }
-
-    /// Converts one tensor and writes it; its mapped pages are given back.
-    pub fn run(
-        &self,
-        source: &Checkpoint,
-        name: &str,
-        shard: &ShardWriter,
-        cancel: &Cancel,
-    ) -> Result<Done> {
-        let piece = self.piece(name)?;
-        for tensor in &piece.tensors {
-            source.check_unchanged(tensor)?;
-        }
-        let done = pool::run(|| self.work(source, piece, shard, cancel));
-        piece.give_back(source)?;
-        let (output_bytes, change) = done?;
-        Ok(Done {
-            input_bytes: piece.input_bytes,
-            output_bytes,
-            elements: piece.elements(),
-            change,
-        })
-    }
-
-    fn work(
-        &self,
-        source: &Checkpoint,
-        piece: &Piece,
-        shard: &ShardWriter,
-        cancel: &Cancel,
-    ) -> Result<(usize, Change)> {
-        let order = match self.goal.whole_file() {
-            Some(whole) => whole.row_order(source, &piece.entry(piece.dtype))?,
-            None => None,
-        };
-        match (&piece.becomes, self.goal.layout()) {
-            (Becomes::Quantized(spec), Some(layout)) => {
-                let Read::Quantized(q) = piece.read(source)? else {
-                    return Ok((0, Change::NONE));
-                };
-                let (made, mut change) = transcode::transcode(&q, spec, cancel)?;
-                if let Some(read) = layout.read_back(&made)? {
-                    change = transcode::difference(&q, &read, cancel)?;
-                }
-                drop(q);
-                piece.give_back(source)?;
-                let bytes = unit::spell_into(layout, &piece.name, made, order, shard, cancel)?;
-                Ok((bytes, change))
-            }
-            (Becomes::Dense(dtype), _) => {
-                let Some(entry) = self.stored(source, piece, EntryDType::Known(*dtype))? else {
-                    return Ok((0, Change::NONE));
-                };
-                let EntryDType::Known(dtype) = entry.dtype else {
-                    return Ok((0, Change::NONE));
-                };
-                let (tensor, change) = dense(piece.read(source)?, dtype, cancel)?;
-                write(shard, &entry.name, &tensor, order, cancel)?;
-                Ok((tensor.bytes().len(), change))
-            }
-            (Becomes::Kept, _) => {
-                let Some(entry) = self.stored(source, piece, piece.dtype)? else {
-                    return Ok((0, Change::NONE));
-                };
-                let bytes = match &piece.tensors[..] {
-                    [only] if *only == piece.name && order.is_none() => source.bytes(only)?,
-                    _ => {
-                        let Read::Dense(tensor) = piece.read(source)? else {
-                            return Ok((0, Change::NONE));
-                        };
-                        write(shard, &entry.name, &tensor, order, cancel)?;
-                        return Ok((tensor.bytes().len(), Change::NONE));
-                    }
-                };
-                unit::write(shard, &entry.name, bytes, cancel)?;
-                Ok((bytes.len(), Change::NONE))
-            }
-            _ => Ok((0, Change::NONE)),
-        }
-    }
-
-    /// `config.json` of the target and the files beside it, where it is a model
-    /// directory of safetensors; `kept` are modules with linear weights that are
-    /// not quantized there.
-    pub fn files(&self, source: &Checkpoint, kept: &[String]) -> Result<Vec<TextFile>> {
-        if self.goal.whole_file().is_some() {
-            return Ok(Vec::new());
-        }
-        let mut files = gguf::tokenizer_files(source)?;
-        let implied = gguf::config(source);
-        let Some(mut config) = source.config().cloned().or(implied) else {
-            return Ok(Vec::new());
-        };
-        if let Value::Object(map) = &mut config {
-            for key in QUANTIZATION {
-                map.remove(key);
-            }
-            let dense = source.gguf_metadata().is_some().then_some(DType::F32);
-            let unsaid = !["dtype", "torch_dtype"]
-                .iter()
-                .any(|k| map.contains_key(*k));
-            if let Some(name) = self.dtype.or(dense.filter(|_| unsaid)).and_then(torch_name) {
-                map.insert("dtype".into(), json!(name));
-                if let Some(old) = map.get_mut("torch_dtype") {
-                    *old = json!(name);
-                }
-            }
-        }
-        let mut beside = Vec::new();
-        if let (Some(layout), Some((spec, _))) = (self.goal.layout(), self.specs().first()) {
-            let others: Vec<(String, Spec)> = self
-                .pieces
-                .iter()
-                .filter_map(|piece| match &piece.becomes {
-                    Becomes::Quantized(s) if !alike(s, spec) => {
-                        Some((piece.module().into(), s.clone()))
-                    }
-                    _ => None,
-                })
-                .collect();
-            let modules = Modules {
-                spec,
-                others: &others,
-                kept,
-            };
-            layout.config(&modules, &mut config);
-            beside = layout.companions(&config);
-        }
-        beside.insert(0, ("config.json", config));
-        files.extend(
-            beside
-                .into_iter()
-                .map(|(name, json)| (name.to_string(), format!("{json:#}\n"))),
-        );
-        Ok(files)
-    }
 }
 
-/// A file by its name and its text.
-pub type TextFile = (String, String);
-
-/// Keys of `config.json` that say how weights are quantized.
-const QUANTIZATION: [&str; 2] = ["quantization_config", "quantization"];
-
-/// Files of a model directory that say how its weights are, or were, quantized.
-pub const SIDECARS: [&str; 4] = [
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
-    "quant_log.csv",
-];
+/// Whether two specs are the same to a program that loads them: how codes were
+/// chosen is not told.
+fn alike(a: &Spec, b: &Spec) -> bool {
+    let method = a.method;
+    *a == Spec {
+        method,
+        ..b.clone()
+    }
+}
 
 /// Outside of a GGUF file the factors are not a tensor but follow from the
 /// configuration: it has to give them again.
@@ -496,25 +350,6 @@ fn check_rope(source: &Checkpoint, entry: &Entry) -> Result<()> {
              convert it to gguf only"
         ),
     })
-}
-
-/// Whether two specs are the same to a program that loads them: how codes were
-/// chosen is not told.
-fn alike(a: &Spec, b: &Spec) -> bool {
-    let method = a.method;
-    *a == Spec {
-        method,
-        ..b.clone()
-    }
-}
-
-fn torch_name(dtype: DType) -> Option<&'static str> {
-    match dtype {
-        DType::F32 => Some("float32"),
-        DType::F16 => Some("float16"),
-        DType::BF16 => Some("bfloat16"),
-        _ => None,
-    }
 }
 
 /// The logical tensors of a checkpoint, in the order of its files.
@@ -624,38 +459,6 @@ fn float_dtype(source: &Checkpoint, asked: Option<DType>, own: EntryDType) -> DT
         (Some(dtype), _) => dtype,
         (None, EntryDType::Known(own)) => own,
         (None, _) => DType::F32,
-    }
-}
-
-/// A tensor in that dtype, and what that did to its values.
-fn dense(read: Read, dtype: DType, cancel: &Cancel) -> Result<(Tensor, Change)> {
-    match read {
-        Read::Quantized(q) => {
-            let tensor = transcode::dequantized(&q, dtype, cancel)?;
-            let decoder = q.spec.format()?.decoder(&q)?;
-            let change = transcode::change(&*decoder, &tensor, cancel)?;
-            Ok((tensor, change))
-        }
-        Read::Dense(from) => {
-            let mut buffer = Buffer::zeroed(from.len() * dtype.size());
-            cast::cast_into(&from, dtype, buffer.bytes_mut(), cancel)?;
-            let tensor = Tensor::from_buffer(dtype, from.shape().to_vec(), buffer)?;
-            let change = transcode::change(&transcode::Dense(&from), &tensor, cancel)?;
-            Ok((tensor, change))
-        }
-    }
-}
-
-fn write(
-    shard: &ShardWriter,
-    name: &str,
-    tensor: &Tensor,
-    order: Option<RowOrder>,
-    cancel: &Cancel,
-) -> Result<()> {
-    match order {
-        None => unit::write(shard, name, tensor.bytes(), cancel),
-        Some(order) => unit::write(shard, name, order.tensor(tensor)?.bytes(), cancel),
     }
 }
 
