@@ -193,6 +193,74 @@ defmodule VivaTensor.ConvertTest do
         do: assert(ours[key] == theirs[key])
   end
 
+  test "what a file inverts is compared as it will be read", %{dir: dir} do
+    for format <- [:nvfp4, :mxfp4],
+        {from, to} <- [compressed_tensors: :gguf, gguf: :compressed_tensors] do
+      source = source!(dir, from, format: format, force: true)
+      target = Path.join(dir, "out")
+      report = convert!(source, target, to, force: true)
+
+      for %{name: name, quantized: true} = row <- report.tensors do
+        assert row.format == format
+        assert row.lossless == same?(values(read(source, name)), values(read(target, name)))
+        assert row.lossless or row.sqnr_db > 120
+      end
+    end
+  end
+
+  test "weights of several formats", %{dir: dir} do
+    model = Path.join(dir, "model")
+    [up, down] = for m <- ~w(up down), do: "model.layers.0.mlp.#{m}_proj"
+
+    Safetensors.write!(Path.join(model, "model.safetensors"), [
+      {up <> ".weight", "F32", [64, 96], Safetensors.normal(64 * 96, 1)},
+      {down <> ".weight", "F32", [128, 256], Safetensors.normal(128 * 256, 2)}
+    ])
+
+    for file <- ["config.json", "tokenizer.json"],
+        do: File.cp!(Path.join(@model, file), Path.join(model, file))
+
+    # Rows of 96 are of shorter blocks: q5_0.
+    source = Path.join(dir, "source")
+    {:ok, _} = run(source: model, to: source, format: :q4_k)
+
+    formats = fn target ->
+      to = Path.join(dir, "to-#{target}")
+      report = convert!(source, to, target)
+
+      for module <- [up, down] do
+        made = read(to, module <> ".weight")
+        row = row(report, module <> ".weight")
+        assert row.lossless == same?(values(read(source, row.name)), values(made))
+        assert row.lossless or row.sqnr_db > 19
+      end
+
+      {for(module <- [up, down], do: row(report, module <> ".weight").format),
+       Checkpoint.open!(to).config["quantization_config"]}
+    end
+
+    # Where each module has settings of its own, and where one is for all.
+    assert {[:int5, :int4], config} = formats.(:mlx)
+    assert %{"bits" => 4, ^up => %{"bits" => 5, "group_size" => 32}} = config
+    assert {[:int8, :int4], config} = formats.(:gptq)
+    assert %{"bits" => 8} = config["dynamic"]["+:^" <> String.replace(up, ".", "\\.") <> "$"]
+    assert {[:int5, :int4], config} = formats.(:compressed_tensors)
+    assert %{"format" => "pack-quantized", "config_groups" => groups} = config
+    assert %{"targets" => [^up], "weights" => %{"num_bits" => 5}} = groups["group_1"]
+    assert {[:int4, :int4], %{"bits" => 4}} = formats.(:awq)
+    assert {[:nf4, :nf4], %{"load_in_4bit" => true}} = formats.(:bitsandbytes)
+  end
+
+  test "a model that is not quantized stays so", %{dir: dir} do
+    for target <- [:gptq, :plain] do
+      to = Path.join(dir, "out-#{target}")
+      report = convert!(@model, to, target)
+      assert Enum.all?(report.tensors, &(&1.action == :keep))
+      assert Safetensors.read!(to) == Safetensors.read!(@model)
+      refute Map.has_key?(Checkpoint.open!(to).config, "quantization_config")
+    end
+  end
+
   test "integers and unknown dtypes are never cast", %{dir: dir} do
     source = Path.join(dir, "in")
 
