@@ -54,14 +54,18 @@ defmodule VivaTensor.MixProject do
       links: %{},
       files:
         ~w(lib native .cargo Cargo.toml Cargo.lock mix.exs .formatter.exs .tool-versions) ++
-          ~w(README.md CHANGELOG.md LICENSE)
+          ~w(bench/quality_bars.json bench/results README.md CHANGELOG.md LICENSE)
     ]
   end
 
   defp docs do
     [
       main: "readme",
-      extras: ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"]
+      extras:
+        ["README.md", "docs/formats.md" | Path.wildcard("docs/formats/*.md")] ++
+          ["docs/layouts.md", "docs/adding-a-format.md"] ++
+          ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"],
+      groups_for_extras: [Formats: ~r"docs/formats"]
     ]
   end
 

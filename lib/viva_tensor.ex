@@ -192,6 +192,7 @@ defmodule VivaTensor do
   @typedoc """
   Error of an approximation. Ratios are in decibels; a float that would be
   infinite or undefined is the atom `:infinity`, `:neg_infinity` or `:nan`.
+  `mean_error` is the mean of the absolute errors, `max_error` the largest.
   `bits_per_weight` counts codes, scales and zero points;
   `bound_distance_db` is how far the SQNR stays below the rate–distortion bound
   of a Gaussian, 6.02 dB a bit. Those two only for a quantized tensor.
@@ -201,6 +202,7 @@ defmodule VivaTensor do
           required(:sqnr_db) => float | atom,
           required(:psnr_db) => float | atom,
           required(:cosine) => float | atom,
+          required(:mean_error) => float | atom,
           required(:max_error) => float | atom,
           optional(:bits_per_weight) => float,
           optional(:bound_distance_db) => float | atom

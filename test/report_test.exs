@@ -19,6 +19,7 @@ defmodule VivaTensor.ReportTest do
       bits_per_weight: (div(elements, 2) + 8) * 8 / elements,
       mse: mse,
       sqnr_db: sqnr_db,
+      mean_error: 0.01,
       max_error: 0.1,
       cosine: 0.99
     }

@@ -57,6 +57,7 @@ defmodule VivaTensor.Report do
           optional(:bits_per_weight) => float,
           optional(:mse) => float | nil,
           optional(:sqnr_db) => float | nil,
+          optional(:mean_error) => float | nil,
           optional(:max_error) => float | nil,
           optional(:psnr_db) => float | nil,
           optional(:cosine) => float | nil

@@ -118,7 +118,7 @@ fn empty_tensors_go_through_everything() {
                 assert!(dequantize(&q).unwrap().is_empty());
                 assert_eq!(support::dequantized(&q, DType::BF16).len(), 0);
                 let m = metrics::quantized(&x, &q, &Cancel::new()).unwrap();
-                assert_eq!((m.mse, m.max_error), (0.0, 0.0));
+                assert_eq!((m.mse, m.mean_error, m.max_error), (0.0, 0.0, 0.0));
                 let back = dump::load(Arc::new(dump::dump(&q).unwrap())).unwrap();
                 assert_eq!((back.spec, back.shape), (q.spec, q.shape));
             }
@@ -494,7 +494,7 @@ fn metrics_of_known_errors() {
     let x = f32_tensor(&[2, 2], &[1.0, -2.0, 3.0, 0.0]);
     let y = f32_tensor(&[2, 2], &[1.0, -2.0, 3.5, 0.0]);
     let m = metrics::dense(&x, &y, &cancel).unwrap();
-    assert_eq!((m.mse, m.max_error), (0.0625, 0.5));
+    assert_eq!((m.mse, m.mean_error, m.max_error), (0.0625, 0.125, 0.5));
     assert!((m.sqnr_db - 10.0 * (14.0f64 / 0.25).log10()).abs() < 1e-9);
     assert!((m.psnr_db - 10.0 * (9.0f64 / 0.0625).log10()).abs() < 1e-9);
     assert!((m.cosine - 15.5 / (14.0f64 * 17.25).sqrt()).abs() < 1e-12);

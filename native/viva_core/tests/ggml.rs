@@ -2,29 +2,16 @@
 
 mod support;
 
-use support::{Digest, f32_tensor, gaussian, make, name, on_every_level, quantized, try_make};
+use support::bars::bars;
+use support::{
+    Digest, block_formats, f32_tensor, gaussian, make, measure, name, on_every_level, quantized,
+    try_make,
+};
 use viva_core::Error;
 use viva_core::format::{FORMATS, Spec};
 use viva_core::formats::ggml_types::GgmlType;
 use viva_core::ops::dequantize::dequantize;
 use viva_core::ops::{Cancel, quantize::quantize};
-
-/// Formats that are stored as ggml's blocks, with ggml's bound on the error of
-/// its test: that of 4 bits and more, of 3, of 2.
-const FORMATS_AND_BOUNDS: [(&str, f64); 12] = [
-    ("q8_0", 0.002),
-    ("q5_1", 0.002),
-    ("q5_0", 0.002),
-    ("q4_1", 0.002),
-    ("q4_0", 0.002),
-    ("q6_k", 0.002),
-    ("q5_k", 0.002),
-    ("q4_k", 0.002),
-    ("q3_k", 0.004),
-    ("q2_k", 0.0075),
-    ("iq4_nl", 0.002),
-    ("iq4_xs", 0.002),
-];
 
 fn with_method(format: &str, method: &str) -> Spec {
     make(format, &[("method", name(method))])
@@ -34,33 +21,25 @@ fn block_len(format: &str) -> usize {
     GgmlType::by_name(format).unwrap().block_len
 }
 
-#[test]
-fn every_block_format_is_tested_here() {
-    let stored = FORMATS.iter().filter(|f| {
-        let spec = make(f.name(), &[]);
-        let parts = f.parts(&spec, &[2, 256]);
-        parts.is_ok_and(|p| p[0].name == "blocks")
-    });
-    let mut names: Vec<&str> = stored.map(|f| f.name()).collect();
-    let mut tested = FORMATS_AND_BOUNDS.map(|(f, _)| f);
-    names.sort_unstable();
-    tested.sort_unstable();
-    assert_eq!(names, tested);
-}
-
 /// ggml's test-quantize-fns: 4096 values of 0.1 + 2 cos(i), √Σe² / n.
 #[test]
 fn errors_stay_within_the_bounds_of_ggml() {
     let x: Vec<f32> = (0..4096).map(|i| 0.1 + 2.0 * (i as f32).cos()).collect();
     let tensor = f32_tensor(&[4096], &x);
-    for (format, bound) in FORMATS_AND_BOUNDS {
+    let bounds = bars().ggml_error;
+    for bound in &bounds {
         for method in ["rtn", "mse"] {
-            let y = dequantize(&quantized(&tensor, &with_method(format, method))).unwrap();
-            let squares = x.iter().zip(&y).map(|(x, y)| f64::from(x - y).powi(2));
-            let error = squares.sum::<f64>().sqrt() / 4096.0;
-            assert!(error < bound, "{format} {method}: {error}");
+            let (m, _) = measure(&tensor, &with_method(&bound.format, method));
+            let error = (m.mse / 4096.0).sqrt();
+            assert!(error < bound.error, "{} {method}: {error}", bound.format);
         }
     }
+    let mut bounded: Vec<&str> = bounds.iter().map(|b| b.format.as_str()).collect();
+    let names = FORMATS.iter().map(|f| f.name());
+    let mut of_ggml: Vec<&str> = names.filter(|n| GgmlType::by_name(n).is_some()).collect();
+    bounded.sort_unstable();
+    of_ggml.sort_unstable();
+    assert_eq!(bounded, of_ggml);
 }
 
 #[test]
@@ -84,7 +63,7 @@ fn mse_is_never_worse_than_rtn_in_any_block() {
                 made(&|_, v| v * 1e-39),
             ];
             let mut gained = 0;
-            for (format, _) in FORMATS_AND_BOUNDS {
+            for format in block_formats() {
                 for x in &kinds {
                     let tensor = f32_tensor(&[9, 512], x);
                     let errors = |method| {
@@ -117,7 +96,7 @@ fn mse_is_never_worse_than_rtn_in_any_block() {
 
 #[test]
 fn rows_that_no_block_divides_are_named() {
-    for (format, _) in FORMATS_AND_BOUNDS {
+    for format in block_formats() {
         let block = block_len(format);
         for row in [1, 16, block - 1, block + 16, 3 * block / 2] {
             let x = f32_tensor(&[2, row], &vec![1.0; 2 * row]);
@@ -133,7 +112,7 @@ fn rows_that_no_block_divides_are_named() {
 
 #[test]
 fn scales_past_f16_are_errors() {
-    for (format, _) in FORMATS_AND_BOUNDS {
+    for format in block_formats() {
         for most in [1e9, 1e20, f32::MAX] {
             let mut x = gaussian(512, 2);
             x[300] = most;
@@ -157,7 +136,7 @@ fn scales_past_f16_are_errors() {
 fn windows_are_pieces_of_the_whole() {
     let x = f32_tensor(&[3, 512], &gaussian(3 * 512, 3));
     let mut random = support::Random(4);
-    for (format, _) in FORMATS_AND_BOUNDS {
+    for format in block_formats() {
         let q = quantized(&x, &make(format, &[]));
         let whole = dequantize(&q).unwrap();
         let decoder = q.spec.format().unwrap().decoder(&q).unwrap();

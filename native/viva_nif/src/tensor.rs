@@ -204,6 +204,7 @@ pub fn metrics_map<'a>(
         ("sqnr_db", terms::number(env, m.sqnr_db)),
         ("psnr_db", terms::number(env, m.psnr_db)),
         ("cosine", terms::number(env, m.cosine)),
+        ("mean_error", terms::number(env, m.mean_error)),
         ("max_error", terms::number(env, m.max_error)),
     ];
     fields.extend_from_slice(more);

@@ -27,6 +27,8 @@ pub struct Metrics {
     pub psnr_db: f64,
     /// Σxy / √(Σx² Σy²).
     pub cosine: f64,
+    /// Mean of |x − y|.
+    pub mean_error: f64,
     /// max |x − y|.
     pub max_error: f64,
 }
@@ -38,6 +40,7 @@ struct Sums {
     yy: f64,
     xy: f64,
     ee: f64,
+    e: f64,
     max_x: f32,
     max_e: f32,
 }
@@ -57,6 +60,7 @@ impl Op for Accumulate<'_> {
         let mut yy = [0f64; HALF];
         let mut xy = [0f64; HALF];
         let mut ee = [0f64; HALF];
+        let mut abs_e = [0f64; HALF];
         let mut max_x = [0f32; HALF];
         let mut max_e = [0f32; HALF];
         let mut step = |x: &[f32], y: &[f32]| {
@@ -67,6 +71,7 @@ impl Op for Accumulate<'_> {
                 yy[i] += b * b;
                 xy[i] += a * b;
                 ee[i] += e * e;
+                abs_e[i] += e.abs();
                 let (ax, ae) = (x[i].abs(), (x[i] - y[i]).abs());
                 max_x[i] = if ax > max_x[i] { ax } else { max_x[i] };
                 max_e[i] = if ae > max_e[i] { ae } else { max_e[i] };
@@ -83,6 +88,7 @@ impl Op for Accumulate<'_> {
             yy: yy.iter().sum(),
             xy: xy.iter().sum(),
             ee: ee.iter().sum(),
+            e: abs_e.iter().sum(),
             max_x: max_x.into_iter().fold(0.0, f32::max),
             max_e: max_e.into_iter().fold(0.0, f32::max),
         }
@@ -115,16 +121,19 @@ fn compare(
         yy: a.yy + b.yy,
         xy: a.xy + b.xy,
         ee: a.ee + b.ee,
+        e: a.e + b.e,
         max_x: a.max_x.max(b.max_x),
         max_e: a.max_e.max(b.max_e),
     });
-    let mse = total.ee / x.len().max(1) as f64;
+    let n = x.len().max(1) as f64;
+    let mse = total.ee / n;
     let most = f64::from(total.max_x);
     Ok(Metrics {
         mse,
         sqnr_db: 10.0 * (total.xx / total.ee).log10(),
         psnr_db: 10.0 * (most * most / mse).log10(),
         cosine: total.xy / (total.xx.sqrt() * total.yy.sqrt()),
+        mean_error: total.e / n,
         max_error: f64::from(total.max_e),
     })
 }

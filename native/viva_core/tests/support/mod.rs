@@ -4,13 +4,14 @@
 // Each test file is a crate of its own and uses a part of this.
 #![allow(dead_code)]
 
+pub mod bars;
 pub mod golden;
 
 use std::hash::{DefaultHasher, Hasher};
 use std::process::Command;
 use std::sync::Arc;
 
-use viva_core::format::{OptionValue, Quantized, Spec, spec};
+use viva_core::format::{FORMATS, OptionValue, Quantized, Spec, spec};
 use viva_core::ops::metrics::Metrics;
 use viva_core::ops::{Cancel, dequantize, metrics, pool, quantize};
 use viva_core::simd;
@@ -152,6 +153,19 @@ pub fn every_spec() -> Vec<Spec> {
         make("q5_1", &[]),
         make("iq4_nl", &[]),
     ]
+}
+
+/// Formats that are stored as ggml's blocks.
+pub fn block_formats() -> Vec<&'static str> {
+    let names = FORMATS.iter().map(|f| f.name());
+    let in_blocks = names.filter(|name| {
+        let spec = make(name, &[]);
+        let parts = spec.format().unwrap().parts(&spec, &[2, 256]);
+        parts.is_ok_and(|p| p[0].name == "blocks")
+    });
+    let formats: Vec<_> = in_blocks.collect();
+    assert!(formats.len() >= 12, "{formats:?}");
+    formats
 }
 
 pub fn f32_tensor(shape: &[usize], data: &[f32]) -> Tensor {
