@@ -3,7 +3,7 @@
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 export LANG ?= C.UTF-8
 
-.PHONY: help setup deps demo test check lint dialyzer docs matrix oracle mutations clean
+.PHONY: help setup deps demo test check lint dialyzer docs formats matrix oracle mutations clean
 .NOTPARALLEL:
 
 help: ## Show the targets
@@ -37,6 +37,9 @@ docs: deps ## Build the documentation into doc/ and target/doc (needs root)
 	@bin/setup --check
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 	bin/docs
+
+formats: deps ## Measure the tables of docs/formats.md afresh
+	mix run -r bench/formats_table.exs -e 'FormatsTable.write()'
 
 matrix: deps ## Run the Elixir tests on the Elixir of Debian trixie and sid (needs root)
 	@bin/setup --matrix

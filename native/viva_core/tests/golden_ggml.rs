@@ -14,10 +14,26 @@ const FIXTURE: &str = concat!(
     "/../../test/golden/ggml.safetensors"
 );
 
-const FORMATS: [&str; 12] = [
-    "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_nl",
-    "iq4_xs",
-];
+/// The formats in the fixture.
+fn formats(golden: &SafeTensors) -> Vec<String> {
+    let names = golden.names();
+    let in_random = names.iter().filter_map(|n| n.strip_prefix("random/"));
+    let mut formats: Vec<String> = in_random
+        .filter_map(|n| n.strip_suffix("/values"))
+        .map(String::from)
+        .collect();
+    formats.sort_unstable();
+    formats
+}
+
+#[test]
+fn every_block_format_is_in_the_fixture() {
+    let bytes = std::fs::read(FIXTURE).unwrap();
+    let golden = SafeTensors::deserialize(&bytes).unwrap();
+    let mut registered = support::block_formats();
+    registered.sort_unstable();
+    assert_eq!(formats(&golden), registered);
+}
 
 fn tensor(golden: &SafeTensors, name: &str) -> Tensor {
     let view = golden.tensor(name).unwrap();
@@ -37,7 +53,7 @@ fn blocks_are_theirs() {
         let mut wrong = Vec::new();
         for weight in ["gaussian", "viva-tiny", "edges"] {
             let x = tensor(&golden, weight);
-            for format in FORMATS {
+            for format in &formats(&golden) {
                 let q = quantized(&x, &make(format, &[]));
                 let expected = tensor(&golden, &format!("{weight}/{format}"));
                 let got = q.part("blocks").unwrap();
@@ -70,7 +86,7 @@ fn values_are_theirs() {
     on_every_level("values_are_theirs", |digest: &mut Digest| {
         let bytes = std::fs::read(FIXTURE).unwrap();
         let golden = SafeTensors::deserialize(&bytes).unwrap();
-        for format in FORMATS {
+        for format in &formats(&golden) {
             let expected = tensor(&golden, &format!("random/{format}/values")).to_f32_vec();
             let q = Quantized {
                 spec: make(format, &[]),

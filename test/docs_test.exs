@@ -1,0 +1,98 @@
+defmodule VivaTensor.DocsTest do
+  # The examples write into the working directory, which is one for all processes.
+  use ExUnit.Case, async: false
+
+  alias VivaTensor.{Checkpoint, Job, Quantized, Recipe, Tensor}
+  alias VivaTensor.Test.Directory
+
+  Code.require_file("bench/formats_table.exs")
+
+  @model "examples/models/viva-tiny"
+  @weight "model.layers.0.mlp.up_proj.weight"
+  @pages ["README.md" | Path.wildcard("docs/**/*.md")]
+
+  for page <- @pages do
+    @tag timeout: 120_000
+    test "the examples of #{page} run" do
+      blocks = unquote(page) |> File.read!() |> examples()
+      root = File.cwd!()
+      dir = Directory.create!()
+      File.ln_s!(Path.join(root, "examples"), Path.join(dir, "examples"))
+
+      File.cd!(dir, fn ->
+        Enum.reduce(blocks, {[], Code.env_for_eval(file: unquote(page))}, &run/2)
+      end)
+    end
+  end
+
+  # The Elixir of a page, each block with the line before it.
+  defp examples(text) do
+    for [{at, _}, {from, length}] <-
+          Regex.scan(~r/^```elixir\n(.*?)^```$/ms, text, return: :index) do
+      line = text |> binary_part(0, at) |> String.split("\n") |> length()
+      {line + 1, binary_part(text, from, length)}
+    end
+  end
+
+  # Blocks of a page follow one another, as they do for who reads it.
+  defp run({line, code}, {binding, env}) do
+    quoted = Code.string_to_quoted!(code, file: env.file, line: line)
+    {_result, binding, env} = Code.eval_quoted_with_env(quoted, binding, env)
+    {binding, env}
+  end
+
+  test "every page about formats has an example" do
+    for page <- Path.wildcard("docs/formats/*.md") do
+      assert [_ | _] = page |> File.read!() |> examples(), page
+    end
+  end
+
+  @tag timeout: 600_000
+  test "the tables of docs/formats.md are up to date (make formats)" do
+    committed = File.read!("docs/formats.md")
+    made = FormatsTable.page()
+    assert without_decibels(committed) == without_decibels(made)
+
+    for {ours, theirs} <- Enum.zip(decibels(committed), decibels(made)) do
+      assert_in_delta ours, theirs, 0.02
+    end
+  end
+
+  # Cells of the columns of decibels have two digits, those of bits four.
+  @decibels ~r/(?<=\| ) *-?\d+\.\d\d(?= \|)/
+
+  defp without_decibels(page), do: Regex.replace(@decibels, page, "dB")
+
+  defp decibels(page) do
+    for [cell] <- Regex.scan(@decibels, page), do: cell |> String.trim() |> String.to_float()
+  end
+
+  for {format, layouts} <- FormatsTable.layouts(), layout <- layouts do
+    test "#{format} is written and read in the layout #{layout}" do
+      {:ok, recipe} = Recipe.new(format: unquote(format), layout: unquote(layout))
+      to = Path.join(Directory.create!(), "out")
+
+      # One weight, so that many pairs take little time.
+      {:ok, job} =
+        Job.start(
+          source: @model,
+          to: to,
+          format: unquote(format),
+          layout: unquote(layout),
+          exclude: "^(?!#{Regex.escape(@weight)}$)"
+        )
+
+      {:ok, report} = Job.await(job, 60_000)
+      assert report.quantized == 1
+
+      path = if unquote(layout) == :gguf, do: Path.join(to, "model.gguf"), else: to
+      %Quantized{} = read = path |> Checkpoint.open!() |> Checkpoint.get!(@weight)
+      weight = @model |> Checkpoint.open!() |> Checkpoint.get!(@weight)
+      made = VivaTensor.quantize!(weight, unquote(format), Map.to_list(recipe.settings))
+      assert read.format == unquote(format)
+      assert values(read) == values(made)
+    end
+  end
+
+  defp values(q), do: q |> VivaTensor.dequantize!(dtype: :f32) |> Tensor.to_binary!()
+end
