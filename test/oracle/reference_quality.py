@@ -123,7 +123,7 @@ def reference(format, block_size=None, method="rtn", symmetric=None, scale=None,
     key = (format, block_size, method)
     if method == "rtn" and format in ("nf4", "fp4"):
         return "bitsandbytes", lambda x: bitsandbytes_4bit(x, format, block_size or 64, double_quant)
-    if method == "rtn" and format in GGML and scale is None and format != "nvfp4":
+    if method == "rtn" and format in GGML and (scale == "ggml" or format not in ("mxfp4", "nvfp4")):
         return "libgguf", lambda x: ggml(x, format)
     if key == ("dynamic8", None, "rtn"):
         return "bitsandbytes", bitsandbytes_dynamic
@@ -157,11 +157,13 @@ def reference(format, block_size=None, method="rtn", symmetric=None, scale=None,
         return "torchao", torchao_e5m2
     if key == ("mxfp8", None, "rtn"):
         return "torchao", lambda x: torchao_mx(x, torch.float8_e4m3fn)
+    if key == ("mxfp4", None, "rtn") and scale is None:
+        return "torchao", lambda x: torchao_mx(x, torch.float4_e2m1fn_x2)
     if key == ("mxfp4", None, "rtn") and scale == "bump":
         return "compressed-tensors", lambda x: compressed_tensors(
             x, "mxfp4-pack-quantized", "MXFP4A16", group_size=32
         )
-    if key == ("nvfp4", None, "rtn"):
+    if key == ("nvfp4", None, "rtn") and scale is None:
         return "compressed-tensors", lambda x: compressed_tensors(
             x, "nvfp4-pack-quantized", "NVFP4A16", group_size=16
         )
@@ -214,7 +216,7 @@ def main(path):
     results = {
         "sqnr_db": rows(((b["format"], b["options"]) for b in bars["sqnr"]), x, sqnr_db),
         "mean_error": rows(((b["format"], b["options"]) for b in bars["mean_error"]), square, mean_error),
-        "ggml_error": rows(((b["format"], {"method": "rtn"}) for b in bars["ggml_error"]), cosine, ggml_error),
+        "ggml_error": rows(((b["format"], {**b["options"], "method": "rtn"}) for b in bars["ggml_error"]), cosine, ggml_error),
     }
     programs = {row["program"] for measured in results.values() for row in measured}
     packages = sorted({program.split()[0] for program in programs} | {"torch", "numpy"})

@@ -107,7 +107,8 @@ defmodule VivaTensor.CLI.Quality do
     ggml_error =
       for bar <- bars["ggml_error"], method <- ["rtn", "mse"] do
         bar
-        |> Map.merge(%{"options" => %{"method" => method}, "ggml_error" => bar["error"]})
+        |> Map.put("ggml_error", bar["error"])
+        |> Map.update!("options", &Map.put(&1, "method", method))
         |> measure(:ggml_error, cosine, &:math.sqrt(&1.mse / @ggml_count), references)
         |> met(&(&1.figure < &1.bar))
       end

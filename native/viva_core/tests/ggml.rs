@@ -29,12 +29,15 @@ fn errors_stay_within_the_bounds_of_ggml() {
     let bounds = bars().ggml_error;
     for bound in &bounds {
         for method in ["rtn", "mse"] {
-            let (m, _) = measure(&tensor, &with_method(&bound.format, method));
+            let spec = bound
+                .recipe
+                .spec_with(vec![("method".into(), name(method))]);
+            let (m, _) = measure(&tensor, &spec);
             let error = (m.mse / 4096.0).sqrt();
-            assert!(error < bound.error, "{} {method}: {error}", bound.format);
+            assert!(error < bound.error, "{:?} {method}: {error}", bound.recipe);
         }
     }
-    let mut bounded: Vec<&str> = bounds.iter().map(|b| b.format.as_str()).collect();
+    let mut bounded: Vec<&str> = bounds.iter().map(|b| b.recipe.format.as_str()).collect();
     let names = FORMATS.iter().map(|f| f.name());
     let mut of_ggml: Vec<&str> = names.filter(|n| GgmlType::by_name(n).is_some()).collect();
     bounded.sort_unstable();

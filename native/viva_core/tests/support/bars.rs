@@ -33,7 +33,8 @@ pub struct MeanError {
 /// The bound of ggml's test-quantize-fns.
 #[derive(Deserialize)]
 pub struct GgmlError {
-    pub format: String,
+    #[serde(flatten)]
+    pub recipe: Recipe,
     pub error: f64,
 }
 
@@ -63,9 +64,13 @@ impl From<Choice> for OptionValue {
 
 impl Recipe {
     pub fn spec(&self) -> Spec {
-        let options = self.options.iter();
-        let options = options.map(|(k, v)| (k.clone(), v.clone().into()));
-        spec(&self.format, options.collect()).unwrap()
+        self.spec_with(Vec::new())
+    }
+
+    pub fn spec_with(&self, mut options: Vec<(String, OptionValue)>) -> Spec {
+        let own = self.options.iter();
+        options.extend(own.map(|(k, v)| (k.clone(), v.clone().into())));
+        spec(&self.format, options).unwrap()
     }
 }
 
