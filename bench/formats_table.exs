@@ -17,6 +17,7 @@ defmodule FormatsTable do
     {"bitsandbytes", ~r/^(nf4|fp4|dynamic8)$/},
     {"fp8", ~r/^fp8/},
     {"mx", ~r/^(mx|nvfp4)/},
+    {"sparse24", ~r/^sparse24/},
     {"ggml", ~r/^i?q\d/}
   ]
 

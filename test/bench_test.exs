@@ -68,7 +68,9 @@ defmodule VivaTensor.BenchTest do
 
     sqnr = for bar <- bars["sqnr"], do: {bar["format"], bar["options"]}
     mean_error = for bar <- bars["mean_error"], do: {bar["format"], bar["options"]}
-    ggml_error = for bar <- bars["ggml_error"], do: {bar["format"], Map.put(bar["options"], "method", "rtn")}
+
+    ggml_error =
+      for bar <- bars["ggml_error"], do: {bar["format"], Map.put(bar["options"], "method", "rtn")}
 
     for {name, known} <- [sqnr_db: sqnr, mean_error: mean_error, ggml_error: ggml_error],
         row <- references[to_string(name)] do
