@@ -6,8 +6,15 @@ use std::path::Path;
 
 use viva_core::format::FORMATS;
 
-/// Where names belong. LLM.int8() is an arithmetic of one format.
-const KNOW_NAMES: [&str; 4] = ["format.rs", "formats/", "layout/", "ops/llm_int8.rs"];
+/// Where names belong. LLM.int8() is an arithmetic of one format, and a
+/// conversion prefers some formats to others: it does without new ones.
+const KNOW_NAMES: [&str; 5] = [
+    "format.rs",
+    "formats/",
+    "layout/",
+    "ops/llm_int8.rs",
+    "transcode/",
+];
 
 fn sources(directory: &Path, found: &mut Vec<std::path::PathBuf>) {
     for entry in fs::read_dir(directory).unwrap() {
