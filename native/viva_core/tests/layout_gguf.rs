@@ -10,7 +10,8 @@ use tempfile::TempDir;
 use viva_core::Error;
 use viva_core::content::{self, Read};
 use viva_core::format::Quantized;
-use viva_core::io::gguf::Value;
+use viva_core::formats::ggml_types::GgmlType;
+use viva_core::io::gguf::{Metadata, Value};
 use viva_core::io::{Checkpoint, FixedEntry, ShardWriter};
 use viva_core::layout;
 use viva_core::ops::Cancel;
@@ -514,7 +515,25 @@ fn only_formats_of_ggml_fit() {
     // A format that no other layout holds goes there by itself.
     let (_, chosen) = layout::resolve("q5_k", &[], None).unwrap();
     assert_eq!(chosen.name(), "gguf");
-    // Blocks of formats that are not ours can be listed, not read.
     let x = f32_tensor(&[1, 256], &gaussian(256, 1));
     assert_eq!(quantized(&x, &make("q6_k", &[])).nbytes(), 210);
+}
+
+#[test]
+fn blocks_of_formats_that_are_not_ours_are_listed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    let name = "blk.0.ffn_up.weight";
+    let fixed = FixedEntry {
+        name: name.into(),
+        dtype: GgmlType::by_name("iq2_xxs").unwrap().into(),
+        shape: vec![1, 256],
+    };
+    let writer = ShardWriter::create(&path, vec![fixed], vec![], Metadata::default()).unwrap();
+    writer.write(name, &[0; 66]).unwrap();
+    writer.finish().unwrap();
+    let source = Checkpoint::open(&path).unwrap();
+    assert_eq!(content::contents(&source).unwrap()[0].format, "iq2_xxs");
+    let error = content::read(&source, name).err().unwrap().to_string();
+    assert!(error.contains("is of ggml's type iq2_xxs"), "{error}");
 }

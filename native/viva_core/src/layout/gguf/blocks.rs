@@ -180,6 +180,14 @@ pub(super) fn read_back(q: &Quantized) -> Result<Option<Quantized>> {
 
 /// The quantized tensor that an entry of ggml's blocks is.
 pub fn quantized(source: &Checkpoint, entry: &Entry, ggml: &GgmlType) -> Result<Quantized> {
+    if crate::format::format(ggml.name).is_err() {
+        let message = format!(
+            "is of ggml's type {}, which can be listed here but not decoded: take the model in \
+             another, such as q8_0 or q4_k",
+            ggml.name
+        );
+        return Err(invalid(&entry.name, message));
+    }
     let mut spec = crate::format::spec(ggml.name, defaults(ggml.name))?;
     if weight_scale(source, entry).is_none() && ggml.name == "nvfp4" {
         spec.scale = Scale::Ggml;
