@@ -22,7 +22,10 @@ defmodule VivaTensor do
       another layout (`VivaTensor.Conversion`).
   """
 
-  alias VivaTensor.{Error, Native, Quantized, Tensor}
+  alias VivaTensor.{Calibration, Error, Native, Quantized, Tensor}
+
+  # Methods that look at activations.
+  @calibrated [:awq, :gptq, :awq_gptq, :smoothquant, :rotate]
 
   @doc """
   Quantizes a float tensor.
@@ -62,6 +65,33 @@ defmodule VivaTensor do
   searched for the least squared error); integers also `:hqq` (a float zero point
   found by half-quadratic splitting).
 
+  ## Methods that look at activations
+
+  With `activations:` a tensor `[tokens, k]` of what a weight `[n, k]` meets, or a
+  `VivaTensor.Calibration` and `layer:` a name in it:
+
+    * `method: :gptq`: column by column, each making up for the error of those before
+      (Frantar et al., 2022); for integers, `:nf4`, `:fp4`, `:fp8_*`, `:mxfp*`, `:nvfp4`.
+      `order: :activation` (default: most active columns first) or `:natural`;
+      `damping:` (0.01).
+    * `method: :awq`: columns scaled by what they meet, then blocks clipped, both by the
+      error of the layer's output (Lin et al., 2023); `clip:` (`true`). The scale is
+      kept and applied to the input by `matmul/3`.
+    * `method: :awq_gptq`: the scales of AWQ, then GPTQ.
+    * `method: :smoothquant`: columns scaled by √(max|x| / max|w|), so that activations
+      too fit in 8 bits (Xiao et al., 2022).
+    * `method: :rotate`: a Hadamard rotation of the input, which spreads outliers
+      (Ashkboos et al., 2024); with the others, `rotate: true`.
+
+  `scales:` is then what `method:` is otherwise: `:rtn` or `:mse`, by which the scales
+  of blocks are chosen.
+
+      iex> w = VivaTensor.Tensor.from_list!(for(i <- 1..4096, do: :math.sin(i)), :f32, [32, 128])
+      iex> x = VivaTensor.Tensor.from_list!(for(i <- 1..4096, do: :math.cos(i)), :f32, [32, 128])
+      iex> {:ok, q} = VivaTensor.quantize(w, :int4, method: :gptq, activations: x)
+      iex> q.format
+      :int4
+
       iex> t = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 1.0], :f32, [2, 2])
       iex> VivaTensor.quantize!(t, :int8)
       #VivaTensor.Quantized<int8[2, 2] from f32, 24.000 bits per weight>
@@ -78,12 +108,42 @@ defmodule VivaTensor do
       {:non_finite, %{nan: 1, inf: 0, first: 1}}
   """
   @spec quantize(Tensor.t(), atom, keyword) :: {:ok, Quantized.t()} | {:error, Error.t()}
-  def quantize(%Tensor{ref: ref}, format, options \\ []) when is_atom(format) do
-    if Keyword.keyword?(options) do
-      ref |> Native.quantize(format, options) |> Quantized.wrap(:quantize)
-    else
-      Error.option(:quantize, "options", "expected a keyword list, got #{inspect(options)}")
+  def quantize(%Tensor{} = tensor, format, options \\ []) when is_atom(format) do
+    cond do
+      not Keyword.keyword?(options) ->
+        Error.option(:quantize, "options", "expected a keyword list, got #{inspect(options)}")
+
+      options[:method] in @calibrated ->
+        {seen, options} = Keyword.split(options, [:activations, :layer])
+        calibrated(tensor, format, options, seen[:activations], seen[:layer])
+
+      true ->
+        tensor.ref |> Native.quantize(format, options) |> Quantized.wrap(:quantize)
     end
+  end
+
+  defp calibrated(tensor, format, options, %Tensor{} = x, nil) do
+    calibration = Calibration.new()
+
+    with :ok <- Calibration.add(calibration, "x", x) do
+      calibrated(tensor, format, options, calibration, "x")
+    end
+  end
+
+  defp calibrated(tensor, format, options, %Calibration{ref: seen}, layer)
+       when is_binary(layer) do
+    tensor.ref
+    |> Native.quantize_calibrated(format, options, seen, layer)
+    |> Quantized.wrap(:quantize)
+  end
+
+  defp calibrated(_tensor, _format, options, _seen, _layer) do
+    Error.option(
+      :quantize,
+      "activations",
+      "method #{inspect(options[:method])} looks at them: give a tensor [tokens, k], " <>
+        "or a VivaTensor.Calibration and layer: its name for this weight"
+    )
   end
 
   @doc "Like `quantize/3`, but raises `VivaTensor.Error`."

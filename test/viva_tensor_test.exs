@@ -9,6 +9,7 @@ defmodule VivaTensorTest do
   doctest VivaTensor.Tensor
   doctest VivaTensor.Quantized
   doctest VivaTensor.Checkpoint
+  doctest VivaTensor.Calibration
   doctest VivaTensor.Error
 
   defp waves(shape) do

@@ -514,6 +514,11 @@ impl Options {
         ))
     }
 
+    /// What nothing took.
+    pub fn rest(self) -> Vec<(String, OptionValue)> {
+        self.given
+    }
+
     /// Fails on an option that nothing took.
     pub fn finish(self, format: &str) -> Result<()> {
         match self.given.first() {

@@ -1,6 +1,7 @@
 //! The NIF library of viva_tensor: terms in, `viva_core`, terms out. No
 //! arithmetic lives here.
 
+mod calibration;
 mod checkpoint;
 mod conversion;
 mod error;

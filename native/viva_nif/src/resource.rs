@@ -6,6 +6,7 @@ use rustler::env::SavedTerm;
 use rustler::{Binary, Env, OwnedBinary, OwnedEnv, Resource, ResourceArc};
 use viva_core::Error;
 use viva_core::convert::Conversion;
+use viva_core::calibration::Calibration;
 use viva_core::format::Quantized;
 use viva_core::io::{Checkpoint, OutputDir, ShardWriter};
 use viva_core::ops::Cancel;
@@ -54,6 +55,7 @@ resources!(
     OutputResource(std::sync::Mutex<Option<OutputDir>>),
     ShardResource(ShardWriter),
     CancelResource(Cancel),
+    CalibrationResource(std::sync::Mutex<Calibration>),
 );
 
 pub type TensorRef = ResourceArc<TensorResource>;
@@ -64,6 +66,7 @@ pub type ConversionRef = ResourceArc<ConversionResource>;
 pub type OutputRef = ResourceArc<OutputResource>;
 pub type ShardRef = ResourceArc<ShardResource>;
 pub type CancelRef = ResourceArc<CancelResource>;
+pub type CalibrationRef = ResourceArc<CalibrationResource>;
 
 /// The bytes of a BEAM binary, kept alive by an environment of their own.
 struct BinaryBytes {

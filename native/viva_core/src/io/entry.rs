@@ -145,7 +145,7 @@ impl Entry {
 }
 
 /// The error for a name that is not among `names`, with the most similar one.
-pub(super) fn unknown_tensor<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Error {
+pub(crate) fn unknown_tensor<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Error {
     // A third of the name may be wrong before a guess is no longer of use.
     let limit = name.chars().count().div_ceil(3);
     let nearest = names

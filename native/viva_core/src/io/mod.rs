@@ -19,11 +19,13 @@ mod writer;
 
 pub use checkpoint::Checkpoint;
 pub use companions::Companion;
+pub(crate) use entry::unknown_tensor;
 pub use entry::{Entry, EntryDType};
 pub use file::TensorFile;
 pub use mapped::{Mapped, mapped_bytes};
 pub use metadata::Metadata;
 pub use output::OutputDir;
+pub(crate) use output::sync_directory;
 pub use shards::{WrittenShard, index_json, plan_shards, shard_name};
 pub use writer::{FixedEntry, LateEntry, ShardWriter};
 

@@ -314,7 +314,7 @@ fn sync_parents(target: &Path, made: usize) -> Result<()> {
     parents.try_for_each(sync_directory)
 }
 
-fn sync_directory(path: &Path) -> Result<()> {
+pub(crate) fn sync_directory(path: &Path) -> Result<()> {
     match File::open(path).and_then(|f| f.sync_all()) {
         // Some network file systems sync directories by themselves only.
         Err(e) if e.kind() == ErrorKind::InvalidInput => Ok(()),

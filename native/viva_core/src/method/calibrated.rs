@@ -1,10 +1,10 @@
 //! Quantizing one weight by what its activations show.
 
-use super::gptq::{self, Gptq};
+use super::gptq::{self, Gptq, Order};
 use super::{awq, input};
 use crate::calibration::Statistics;
 use crate::error::{Error, Result};
-use crate::format::{INPUT_SCALE, Input, Quantized, Spec};
+use crate::format::{INPUT_SCALE, Input, OptionValue, Options, Quantized, Spec, spec};
 use crate::ops::quantize::{check_floats, quantize};
 use crate::ops::{Cancel, pool};
 use crate::tensor::{DType, Tensor};
@@ -30,6 +30,63 @@ pub struct Calibrated {
     pub clip: bool,
     /// Round column by column; otherwise by the spec's own method.
     pub gptq: Option<Gptq>,
+}
+
+/// The names of methods that see activations.
+pub const METHODS: [&str; 5] = ["awq", "gptq", "awq_gptq", "smoothquant", "rotate"];
+
+/// What a user's options ask for. `method` names one of [`METHODS`]; `scales`
+/// is then the format's own method, by which scales are chosen.
+///
+/// # Errors
+/// `InvalidOption`, and those of [`spec`].
+pub fn resolve(format: &str, given: Vec<(String, OptionValue)>) -> Result<(Spec, Calibrated)> {
+    let mut options = Options::new(given);
+    let methods: Vec<(&str, &str)> = METHODS.into_iter().map(|m| (m, m)).collect();
+    let method = options.take_name("method", &methods, METHODS[0])?;
+    let gptq = match method.ends_with("gptq") {
+        false => None,
+        true => {
+            let orders = [
+                ("activation", Order::Activation),
+                ("natural", Order::Natural),
+            ];
+            let defaults = Gptq::default();
+            Some(Gptq {
+                damping: take_damping(&mut options, defaults.damping)?,
+                order: options.take_name("order", &orders, defaults.order)?,
+            })
+        }
+    };
+    let how = Calibrated {
+        rotate: options.take_bool("rotate", method == "rotate")?,
+        scaling: match method {
+            "awq" | "awq_gptq" => Scaling::Awq,
+            "smoothquant" => Scaling::Smooth,
+            _ => Scaling::None,
+        },
+        // GPTQ makes up for what clipping would give.
+        clip: method == "awq" && options.take_bool("clip", true)?,
+        gptq,
+    };
+    let mut rest = options.rest();
+    for (name, _) in &mut rest {
+        if name == "scales" {
+            *name = "method".into();
+        }
+    }
+    Ok((spec(format, rest)?, how))
+}
+
+fn take_damping(options: &mut Options, default: f32) -> Result<f32> {
+    match options.take("damping") {
+        None => Ok(default),
+        Some(OptionValue::Float(v)) if v > 0.0 && v <= 1.0 => Ok(v as f32),
+        Some(v) => Err(Error::option(
+            "damping",
+            format!("expected a part of the mean of the diagonal, over 0.0 up to 1.0, got {v}"),
+        )),
+    }
 }
 
 /// Quantizes `w` for inputs like those that `statistics` saw.

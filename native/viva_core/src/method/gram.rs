@@ -111,15 +111,20 @@ impl Gram {
             let rows = std::mem::take(&mut square);
             square.extend((0..k * k).map(|at| rows[at % k * k + at / k]));
         }
-        let mut rotated = Gram::zeroed(k);
-        for (p, panel) in rotated.panels.iter_mut().enumerate() {
-            for (i, row) in panel.chunks_exact_mut(WIDE).take(k).enumerate() {
-                for (j, g) in (p * WIDE..k).zip(row) {
-                    *g = square[i * k + j];
+        Ok(Gram::from_square(&square, k))
+    }
+
+    /// The upper triangle of a symmetric matrix, given row after row.
+    pub fn from_square(square: &[f32], columns: usize) -> Gram {
+        let mut gram = Gram::zeroed(columns);
+        for (p, panel) in gram.panels.iter_mut().enumerate() {
+            for (i, row) in panel.chunks_exact_mut(WIDE).take(columns).enumerate() {
+                for (j, g) in (p * WIDE..columns).zip(row) {
+                    *g = square[i * columns + j];
                 }
             }
         }
-        Ok(rotated)
+        gram
     }
 
     /// diag(s) · G · diag(s): the Gram matrix of activations times s.

@@ -1,0 +1,88 @@
+//! Statistics of activations, and methods that use them.
+
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
+
+use rustler::{Atom, Encoder, Env, Term};
+use viva_core::calibration::{Calibration, Statistics};
+use viva_core::method::calibrated;
+use viva_core::ops::Cancel;
+
+use crate::error::Outcome;
+use crate::resource::{CalibrationRef, CalibrationResource, TensorRef};
+use crate::terms::{self, Name, Options};
+
+fn resource(calibration: Calibration) -> CalibrationRef {
+    CalibrationRef::new(CalibrationResource(Mutex::new(calibration)))
+}
+
+/// Held for as long as one batch is added, never while one is summed up.
+fn lock(calibration: &CalibrationRef) -> MutexGuard<'_, Calibration> {
+    calibration.0.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+#[rustler::nif]
+fn calibration_new(samples: usize) -> CalibrationRef {
+    resource(Calibration::new(samples))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn calibration_add(calibration: CalibrationRef, layer: String, x: TensorRef) -> Outcome<Atom> {
+    let samples = lock(&calibration).samples();
+    let batch = Statistics::of(&*x.0.get()?, samples, &Cancel::new())?;
+    lock(&calibration).add(&layer, batch)?;
+    Ok(rustler::types::atom::ok())
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn calibration_merge(calibration: CalibrationRef, other: CalibrationRef) -> Outcome<Atom> {
+    // A copy, so that two that merge into each other do not wait for each other.
+    let other = lock(&other).clone();
+    lock(&calibration).merge(&other)?;
+    Ok(rustler::types::atom::ok())
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn calibration_save(calibration: CalibrationRef, path: String) -> Outcome<Atom> {
+    let calibration = lock(&calibration).clone();
+    calibration.save(Path::new(&path))?;
+    Ok(rustler::types::atom::ok())
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn calibration_load(path: String) -> Outcome<CalibrationRef> {
+    Ok(resource(Calibration::load(Path::new(&path))?))
+}
+
+#[rustler::nif]
+fn calibration_layers<'a>(env: Env<'a>, calibration: CalibrationRef) -> Vec<Term<'a>> {
+    lock(&calibration)
+        .layers()
+        .map(|(name, s)| {
+            terms::map(
+                env,
+                &[
+                    ("name", name.encode(env)),
+                    ("columns", s.columns().encode(env)),
+                    ("tokens", s.tokens().encode(env)),
+                ],
+            )
+        })
+        .collect()
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn quantize_calibrated<'a>(
+    env: Env<'a>,
+    tensor: TensorRef,
+    format: Name,
+    options: Options,
+    calibration: CalibrationRef,
+    layer: String,
+) -> Outcome<Term<'a>> {
+    let (spec, how) = calibrated::resolve(&format.0, options.0)?;
+    let statistics = lock(&calibration).layer(&layer)?;
+    let tensor = tensor.0.get()?;
+    let q = calibrated::quantize_calibrated(&tensor, &spec, &statistics, &how, &Cancel::new())?;
+    Ok(terms::quantized(env, q)?)
+}
