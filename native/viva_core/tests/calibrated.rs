@@ -4,7 +4,7 @@
 mod support;
 
 use support::{Digest, every_spec, f32_tensor, gaussian, int, make, name, on_every_level, yes};
-use viva_core::calibration::{SAMPLES, Statistics};
+use viva_core::calibration::{Calibration, SAMPLES, Statistics};
 use viva_core::error::Error;
 use viva_core::format::{Method, Quantized, Scale, Spec, Zero};
 use viva_core::method::calibrated::{Calibrated, Scaling, quantize_calibrated};
@@ -434,5 +434,68 @@ fn kept_rows_do_not_depend_on_how_batches_are_cut() {
     assert_eq!(merged.max_abs(), whole.max_abs());
     for (a, b) in merged.mean_abs().iter().zip(whole.mean_abs()) {
         assert!((a - b).abs() < 1e-6 * b);
+    }
+}
+
+#[test]
+fn a_saved_calibration_is_read_back_whole_and_a_wrong_one_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("statistics.safetensors");
+    let mut calibration = Calibration::new(20);
+    for (name, k) in [("a.q_proj", 40), ("a.down_proj", 72)] {
+        for seed in 0..2 {
+            let x = f32_tensor(&[50, k], &activations(50, k, 40 + seed));
+            let batch = Statistics::of(&x, 20, &Cancel::new()).unwrap();
+            calibration.add(name, batch).unwrap();
+        }
+    }
+    calibration.save(&path).unwrap();
+    let loaded = Calibration::load(&path).unwrap();
+    let names: Vec<&str> = loaded.layers().map(|(name, _)| name).collect();
+    assert_eq!(names, ["a.down_proj", "a.q_proj"]);
+    for (name, s) in calibration.layers() {
+        let read = loaded.layer(name).unwrap();
+        assert_eq!(read.tokens(), 100);
+        assert_eq!(read.mean_abs(), s.mean_abs());
+        assert_eq!(read.max_abs(), s.max_abs());
+        assert_eq!(read.samples(), s.samples());
+        for i in 0..s.columns() {
+            for j in 0..s.columns() {
+                assert_eq!(read.gram().at(i, j), s.gram().at(i, j));
+            }
+        }
+    }
+    // Saving again gives the same bytes, and leaves nothing beside them.
+    let bytes = std::fs::read(&path).unwrap();
+    loaded.save(&path).unwrap();
+    assert!(std::fs::read(&path).unwrap() == bytes);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+
+    assert!(matches!(
+        loaded.layer("a.q_prog"),
+        Err(Error::UnknownTensor { hint, .. }) if hint.contains("a.q_proj")
+    ));
+    let x = f32_tensor(&[5, 41], &activations(5, 41, 45));
+    let batch = Statistics::of(&x, 20, &Cancel::new()).unwrap();
+    let mut other = loaded.clone();
+    assert!(matches!(
+        other.add("a.q_proj", batch),
+        Err(Error::ShapeMismatch { .. })
+    ));
+    for (from, to) in [
+        ("a.q_proj.gram", "a.q_proj.gran"),
+        ("F64", "I64"),
+        ("[72]", "[8]"),
+    ] {
+        let text = String::from_utf8_lossy(&bytes[..2000]).into_owned();
+        let at = text.find(from).unwrap_or_else(|| panic!("{from}"));
+        let mut wrong = bytes.clone();
+        // A shorter word is filled up with the header's own white space.
+        let filled = format!("{to:<width$}", width = from.len());
+        wrong[at..at + from.len()].copy_from_slice(filled.as_bytes());
+        std::fs::write(&path, wrong).unwrap();
+        let error = Calibration::load(&path);
+        let same_layers = |c: &Calibration| c.layers().count() == 2;
+        assert!(!error.as_ref().is_ok_and(same_layers), "{from}: {error:?}");
     }
 }
