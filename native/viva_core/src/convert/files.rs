@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{Becomes, Conversion, alike};
 use crate::error::Result;
 use crate::format::Spec;
-use crate::io::Checkpoint;
+use crate::io::{Checkpoint, EntryDType};
 use crate::layout::{Modules, gguf};
 use crate::tensor::DType;
 
@@ -34,17 +34,17 @@ impl Conversion {
         let mut files = gguf::tokenizer_files(source)?;
         let implied = gguf::config(source);
         let Some(mut config) = source.config().cloned().or(implied) else {
-            return Ok(Vec::new());
+            return Ok(files);
         };
         if let Value::Object(map) = &mut config {
             for key in QUANTIZATION {
                 map.remove(key);
             }
-            let dense = source.gguf_metadata().is_some().then_some(DType::F32);
-            let unsaid = !["dtype", "torch_dtype"]
+            let is_said = ["dtype", "torch_dtype"]
                 .iter()
                 .any(|k| map.contains_key(*k));
-            if let Some(name) = self.dtype.or(dense.filter(|_| unsaid)).and_then(torch_name) {
+            let own = (!is_said && source.gguf_metadata().is_some()).then(|| self.matrices());
+            if let Some(name) = self.dtype.or(own).and_then(torch_name) {
                 map.insert("dtype".into(), json!(name));
                 if let Some(old) = map.get_mut("torch_dtype") {
                     *old = json!(name);
@@ -78,6 +78,25 @@ impl Conversion {
                 .map(|(name, json)| (name.to_string(), format!("{json:#}\n"))),
         );
         Ok(files)
+    }
+}
+
+impl Conversion {
+    /// The dtype that holds all floats in matrices, which a GGUF file does not
+    /// say of its model: their own where it is one, so that loaders which leave
+    /// kept tensors as they are see no other.
+    fn matrices(&self) -> DType {
+        let matrices = self.pieces.iter().filter(|p| p.shape.len() == 2);
+        let mut floats = matrices.filter_map(|piece| match (&piece.becomes, piece.dtype) {
+            (Becomes::Dense(dtype), _) => Some(*dtype),
+            (Becomes::Kept, EntryDType::Known(dtype)) if dtype.is_float() => Some(dtype),
+            _ => None,
+        });
+        let first = floats.next().unwrap_or(DType::F32);
+        match floats.all(|dtype| dtype == first) {
+            true => first,
+            false => DType::F32,
+        }
     }
 }
 
