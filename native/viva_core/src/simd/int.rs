@@ -159,6 +159,17 @@ impl Grid {
                 }
             }
         }
+        // The best scale for some codes gives other codes.
+        for _ in 0..2 {
+            let (scale, zero) = (best.scale, best.zero);
+            if usable(scale) {
+                let (lo, hi) = (self.lo as f32 - zero, self.hi as f32 - zero);
+                let inv = isa.splat(1.0 / scale);
+                best.attempt(isa, x, zero, |v| {
+                    round_clamped(isa, isa.mul(v, inv), lo, hi)
+                });
+            }
+        }
         let found = Fit {
             scale: round_scale(dtype, best.scale),
             zero: if self.symmetric {
