@@ -192,12 +192,13 @@ defmodule VivaTensor.ConvertTest do
     for key <- ~w(hidden_size num_hidden_layers num_attention_heads vocab_size rms_norm_eps),
         do: assert(ours[key] == theirs[key])
 
-    # What holds all floats in matrices: those of what was quantized, and where it
-    # still is, of the embedding alone.
     assert ours["dtype"] == "float32"
-    mlx = Path.join(dir, "mlx")
-    dir |> Path.join("from-gguf") |> convert!(mlx, :mlx)
-    assert Checkpoint.open!(mlx).config["dtype"] == "bfloat16"
+    # Loaders of bitsandbytes leave floats as they are: all are of one dtype.
+    bnb = Path.join(dir, "bnb")
+    dir |> Path.join("from-gguf") |> convert!(bnb, :bitsandbytes)
+    dtypes = for {_, {dtype, [_, _], _}} <- Safetensors.read!(bnb), do: dtype
+    assert Checkpoint.open!(bnb).config["dtype"] == "float32"
+    assert "F32" in dtypes and "BF16" not in dtypes
   end
 
   test "what a file inverts is compared as it will be read", %{dir: dir} do

@@ -21,8 +21,9 @@ defmodule VivaTensor.Conversion do
   the source.
 
   Tensors that are not quantized pass through, byte for byte, unless a `:dtype` is
-  given, to which floats are then cast. The gguf layout stores them as llama.cpp
-  wants them: vectors in f32.
+  given, to which floats are then cast. Out of a GGUF file, whose floats are of
+  several dtypes, into the bitsandbytes layout, whose loaders leave them so, that is
+  f32. The gguf layout stores them as llama.cpp wants them: vectors in f32.
 
   The layout `:plain` is floats in safetensors files, as models are published,
   without a trace of quantization. From the GGUF file of a Llama it has

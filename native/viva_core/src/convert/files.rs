@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{Becomes, Conversion, alike};
 use crate::error::Result;
 use crate::format::Spec;
-use crate::io::{Checkpoint, EntryDType};
+use crate::io::Checkpoint;
 use crate::layout::{Modules, gguf};
 use crate::tensor::DType;
 
@@ -43,7 +43,8 @@ impl Conversion {
             let is_said = ["dtype", "torch_dtype"]
                 .iter()
                 .any(|k| map.contains_key(*k));
-            let own = (!is_said && source.gguf_metadata().is_some()).then(|| self.matrices());
+            // In f32 the values of any file are exact.
+            let own = (!is_said && source.gguf_metadata().is_some()).then_some(DType::F32);
             if let Some(name) = self.dtype.or(own).and_then(torch_name) {
                 map.insert("dtype".into(), json!(name));
                 if let Some(old) = map.get_mut("torch_dtype") {
@@ -78,25 +79,6 @@ impl Conversion {
                 .map(|(name, json)| (name.to_string(), format!("{json:#}\n"))),
         );
         Ok(files)
-    }
-}
-
-impl Conversion {
-    /// The dtype that holds all floats in matrices, which a GGUF file does not
-    /// say of its model: their own where it is one, so that loaders which leave
-    /// kept tensors as they are see no other.
-    fn matrices(&self) -> DType {
-        let matrices = self.pieces.iter().filter(|p| p.shape.len() == 2);
-        let mut floats = matrices.filter_map(|piece| match (&piece.becomes, piece.dtype) {
-            (Becomes::Dense(dtype), _) => Some(*dtype),
-            (Becomes::Kept, EntryDType::Known(dtype)) if dtype.is_float() => Some(dtype),
-            _ => None,
-        });
-        let first = floats.next().unwrap_or(DType::F32);
-        match floats.all(|dtype| dtype == first) {
-            true => first,
-            false => DType::F32,
-        }
     }
 }
 

@@ -137,7 +137,8 @@ pub struct Conversion {
 }
 
 impl Conversion {
-    /// Decides for every tensor. With a `dtype`, floats are cast to it;
+    /// Decides for every tensor. With a `dtype`, floats are cast to it, and to f32
+    /// where they would be of several dtypes and loaders would leave them so;
     /// `outer` are modules that are embeddings or output heads, in the
     /// source's names.
     ///
@@ -150,6 +151,10 @@ impl Conversion {
         dtype: Option<DType>,
         outer: &[String],
     ) -> Result<Conversion> {
+        // The vectors of a GGUF file are in f32, whatever its matrices are in.
+        let mixed = source.gguf_metadata().is_some();
+        let alone = goal.layout().is_some_and(|l| l.leaves_floats());
+        let dtype = dtype.or((mixed && alone).then_some(DType::F32));
         match goal.whole_file() {
             Some(whole) => {
                 whole.metadata(source, None)?;

@@ -173,6 +173,10 @@ impl Layout for Bitsandbytes {
         true
     }
 
+    fn leaves_floats(&self) -> bool {
+        true
+    }
+
     fn config(&self, modules: &Modules, config: &mut Value) {
         let Modules { spec, kept, .. } = modules;
         let four = is_4bit(spec);

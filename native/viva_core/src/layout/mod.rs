@@ -147,6 +147,12 @@ pub trait Layout: Send + Sync {
         Ok((q.spec.format, q.shape))
     }
 
+    /// Whether programs that load it leave floats in the dtypes that they are in,
+    /// and so cannot compute with several.
+    fn leaves_floats(&self) -> bool {
+        false
+    }
+
     /// What will be read where that is not what is written, bit for bit.
     fn read_back(&self, _q: &Quantized) -> Result<Option<Quantized>> {
         Ok(None)
