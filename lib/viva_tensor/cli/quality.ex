@@ -38,6 +38,7 @@ defmodule VivaTensor.CLI.Quality do
           bar: float,
           reference: float | nil,
           program: String.t() | nil,
+          note: String.t() | nil,
           met: boolean
         }
 
@@ -136,7 +137,8 @@ defmodule VivaTensor.CLI.Quality do
       figure: figure.(metrics),
       bar: Map.fetch!(bar, name),
       reference: reference[name],
-      program: reference["program"]
+      program: reference["program"],
+      note: bar["note"]
     }
   end
 
@@ -246,8 +248,9 @@ defmodule VivaTensor.CLI.Quality do
     end)
   end
 
-  defp verdict(%{met: true}), do: "ok"
   defp verdict(%{met: false}), do: "MISSED"
+  defp verdict(%{note: nil}), do: "ok"
+  defp verdict(%{note: note}), do: "ok: #{note}"
 
   defp sha256(draws), do: :crypto.hash(:sha256, draws) |> Base.encode16(case: :lower)
 
