@@ -6,11 +6,11 @@
 //!
 //! | tensor | dtype, shape | what |
 //! |---|---|---|
-//! | `….gram` | f32 [k, k] | Σ xᵀx over all rows x of activations |
-//! | `….sum_abs` | f64 [k] | Σ abs(x) |
-//! | `….max_abs` | f32 [k] | max abs(x) |
-//! | `….samples` | f32 [rows, k] | some of the rows |
-//! | `….tokens` | i64 [1] | how many rows there were |
+//! | `….gram` | f32 `[k, k]` | Σ xᵀx over all rows x of activations |
+//! | `….sum_abs` | f64 `[k]` | Σ abs(x) |
+//! | `….max_abs` | f32 `[k]` | max abs(x) |
+//! | `….samples` | f32 `[rows, k]` | some of the rows |
+//! | `….tokens` | i64 `[1]` | how many rows there were |
 
 use std::collections::BTreeMap;
 use std::path::Path;
