@@ -148,7 +148,9 @@ fn cut<'a>(n: usize, block_len: usize, parts: &[Part], buffers: &'a mut [Buffer]
     while parts.iter().any(|p| p.block_bits * step % 8 != 0) {
         step *= 2;
     }
-    let blocks = (CHUNK / block_len / step).max(1) * step;
+    // Shorter than elsewhere: reading a mapped file for the first time and
+    // choosing codes take long enough to cost others their turn.
+    let blocks = (CHUNK / 2 / block_len / step).max(1) * step;
     let len = blocks * block_len;
     let mut rest: Vec<&mut [u8]> = buffers.iter_mut().map(Buffer::bytes_mut).collect();
     let mut tasks = Vec::with_capacity(n / len + 1);
