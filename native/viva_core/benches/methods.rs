@@ -2,10 +2,11 @@
 //! `cargo bench -p viva_core --bench methods`.
 
 use divan::Bencher;
-use viva_core::format::{Spec, spec};
+use viva_core::format::{OptionValue, Spec, spec};
+use viva_core::method::awq;
 use viva_core::method::gptq::{self, Gptq};
 use viva_core::method::gram::Gram;
-use viva_core::ops::{Cancel, pool};
+use viva_core::ops::{Cancel, pool, quantize};
 use viva_core::tensor::{DType, Tensor};
 
 const K: usize = 4096;
@@ -63,6 +64,42 @@ fn int4() -> Spec {
 fn gram(bencher: Bencher) {
     let x = activations();
     bencher.bench_local(|| gram_of(&x));
+}
+
+/// The search for the scale of columns, on all tokens.
+#[divan::bench(sample_count = 3, sample_size = 1)]
+fn awq_scale_int4(bencher: Bencher) {
+    let (w, x, spec) = (layer(), activations(), int4());
+    let mut mean = vec![0f32; K];
+    for row in x.chunks_exact(K) {
+        for (mean, v) in mean.iter_mut().zip(row) {
+            *mean += v.abs() / TOKENS as f32;
+        }
+    }
+    bencher.bench_local(|| awq::search(&w, &spec, &x, &mean, &Cancel::new()).unwrap());
+}
+
+/// The search for the clipping of blocks, in every row.
+#[divan::bench(sample_count = 3, sample_size = 1)]
+fn awq_clip_int4(bencher: Bencher) {
+    let (w, gram, spec) = (noise(K * K, 1), gram_of(&activations()), int4());
+    bencher.bench_local(|| {
+        let mut w = w.clone();
+        awq::clip(&mut w, K, &spec, &gram, &Cancel::new()).unwrap();
+        w
+    });
+}
+
+/// A float zero point for groups of 64.
+#[divan::bench(sample_count = 3, sample_size = 1)]
+fn hqq_int4(bencher: Bencher) {
+    let options = [
+        ("method", OptionValue::Name("hqq".into())),
+        ("block_size", OptionValue::Int(64)),
+    ];
+    let options = options.map(|(name, value)| (name.to_string(), value));
+    let (w, spec) = (layer(), spec("int4", options.to_vec()).unwrap());
+    bencher.bench_local(|| quantize::quantize(&w, &spec, &Cancel::new()).unwrap());
 }
 
 /// Gram matrix, factor and columns.
