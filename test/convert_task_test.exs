@@ -2,10 +2,8 @@ defmodule VivaTensor.ConvertTaskTest do
   # The tasks write to standard output and standard error.
   use ExUnit.Case, async: false
 
-  import ExUnit.CaptureIO
-
   alias Mix.Tasks.Viva.Convert
-  alias VivaTensor.{Job, Native}
+  alias VivaTensor.{Job, Native, Test}
   alias VivaTensor.Test.{Directory, Safetensors}
 
   @model "examples/models/viva-tiny"
@@ -14,31 +12,7 @@ defmodule VivaTensor.ConvertTaskTest do
     {:ok, dir: Directory.create!()}
   end
 
-  defp task(argv) do
-    test = self()
-
-    stderr =
-      capture_io(:stderr, fn ->
-        stdout =
-          capture_io(fn ->
-            code =
-              try do
-                Convert.run(argv)
-                0
-              catch
-                :exit, {:shutdown, code} -> code
-              end
-
-            send(test, {:code, code})
-          end)
-
-        send(test, {:stdout, stdout})
-      end)
-
-    assert_received {:code, code}
-    assert_received {:stdout, stdout}
-    {code, stdout, stderr}
-  end
+  defp task(argv), do: Test.Task.run(Convert, argv)
 
   describe "mix viva.convert" do
     test "converts and says what it did", %{dir: dir} do

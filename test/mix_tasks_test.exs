@@ -2,10 +2,8 @@ defmodule VivaTensor.MixTasksTest do
   # The tasks write to standard output and standard error.
   use ExUnit.Case, async: false
 
-  import ExUnit.CaptureIO
-
   alias Mix.Tasks.Viva.{Inspect, Quantize}
-  alias VivaTensor.{Checkpoint, Native, Tensor}
+  alias VivaTensor.{Checkpoint, Native, Tensor, Test}
   alias VivaTensor.Test.{Directory, Safetensors}
 
   @model "examples/models/viva-tiny"
@@ -14,32 +12,7 @@ defmodule VivaTensor.MixTasksTest do
     {:ok, dir: Directory.create!()}
   end
 
-  # {exit code, standard output, standard error}
-  defp task(module, argv) do
-    test = self()
-
-    stderr =
-      capture_io(:stderr, fn ->
-        stdout =
-          capture_io(fn ->
-            code =
-              try do
-                module.run(argv)
-                0
-              catch
-                :exit, {:shutdown, code} -> code
-              end
-
-            send(test, {:code, code})
-          end)
-
-        send(test, {:stdout, stdout})
-      end)
-
-    assert_received {:code, code}
-    assert_received {:stdout, stdout}
-    {code, stdout, stderr}
-  end
+  defp task(module, argv), do: Test.Task.run(module, argv)
 
   defp decode!(json) do
     {:ok, term} = Native.json_decode(json)
