@@ -1,7 +1,9 @@
 defmodule VivaTensor.RecipeTest do
   use ExUnit.Case, async: true
 
-  alias VivaTensor.{Error, Recipe}
+  alias VivaTensor.{Calibration, Error, Recipe}
+
+  doctest VivaTensor.Recipe
 
   defp recipe(opts \\ []) do
     {:ok, recipe} = Recipe.new(Keyword.merge([format: :nf4], opts))
@@ -28,6 +30,12 @@ defmodule VivaTensor.RecipeTest do
             {[exclude: [~r/ok/, 7]], "exclude"},
             {[min_elements: -1], "min_elements"},
             {[non_finite: :ignore], "non_finite"},
+            {[statistics: "seen.safetensors"], "statistics"},
+            {[method: :gptq, statistics: 7], "statistics"},
+            {[method: :gptq, damping: 2], "damping"},
+            {[method: :awq, damping: 0.1], "damping"},
+            {[method: :awq, scales: :best], "method"},
+            {[method: :awd], "method"},
             {[block_sizes: 64], "block_sizes"},
             {[block_size: 63], "block_size"}
           ] do
@@ -37,6 +45,60 @@ defmodule VivaTensor.RecipeTest do
 
         assert Exception.message(error) =~ option
       end
+    end
+
+    test "completes methods that look at activations" do
+      recipe = recipe(method: :awq_gptq, scales: :mse, damping: 0.05)
+      assert recipe.calibrated
+
+      assert %{method: :awq_gptq, scales: :mse, damping: 0.05, order: :activation} =
+               recipe.settings
+
+      assert recipe(method: :awq).settings.clip
+      refute recipe(method: :mse).calibrated
+
+      assert {:error, %Error{reason: {:layout_mismatch, %{layout: "bitsandbytes"}}}} =
+               Recipe.new(format: :nf4, method: :awq, rotate: true)
+
+      assert {:error, %Error{reason: {:invalid_option, %{option: "method"}}}} =
+               Recipe.new(format: :q4_k, method: :gptq)
+    end
+
+    test "knows presets, whose options give way to those beside them" do
+      for %{name: name, about: about, options: options} <- Recipe.presets() do
+        assert {:ok, recipe} = Recipe.new(name)
+        assert recipe == Recipe.new!(options)
+        assert recipe.format == options[:format]
+        refute about =~ ~r/[.:]$/
+      end
+
+      recipe = Recipe.new!(:gptq, format: :int3, exclude: "lm_head")
+      assert {recipe.format, recipe.layout, recipe.settings.symmetric} == {:int3, :gptq, true}
+      assert [%Regex{}] = recipe.exclude
+
+      assert {:error, %Error{reason: {:unknown_recipe, %{name: "nf5", known: known}}}} =
+               Recipe.new(:nf5)
+
+      assert known =~ "nf4"
+      assert_raise Error, ~r/unknown recipe :nf5/, fn -> Recipe.new!(:nf5) end
+    end
+
+    test "prints as what makes it again" do
+      for recipe <- [
+            recipe(),
+            recipe(block_size: 128, double_quant: true, include: "lm_head", non_finite: :keep),
+            Recipe.new!(:gptq, statistics: "seen.safetensors", damping: 0.02, min_elements: 0)
+          ] do
+        {again, _} = Code.eval_string(inspect(recipe))
+        assert inspect(again) == inspect(recipe)
+
+        assert Map.drop(Map.from_struct(again), [:include]) ==
+                 Map.drop(Map.from_struct(recipe), [:include])
+      end
+
+      {:ok, recipe} = Recipe.with_statistics(Recipe.new!(:awq), Calibration.new())
+      assert inspect(recipe) =~ "statistics: "
+      assert %{statistics: "in memory", settings: %{method: :awq}} = Recipe.to_map(recipe)
     end
 
     test "refuses formats and layouts that are not there" do

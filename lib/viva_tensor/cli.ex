@@ -110,7 +110,7 @@ defmodule VivaTensor.CLI do
   end
 
   defp hint(%Error{reason: {kind, %{name: name, known: known}}})
-       when kind in [:unknown_format, :unknown_layout] do
+       when kind in [:unknown_format, :unknown_layout, :unknown_recipe] do
     suggestion(to_string(name), known |> to_string() |> String.split(", "))
   end
 

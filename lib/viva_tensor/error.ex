@@ -18,7 +18,7 @@ defmodule VivaTensor.Error do
 
   | kind | details |
   |---|---|
-  | `:unknown_format`, `:unknown_layout`, `:unknown_dtype` | `name`, `known` |
+  | `:unknown_format`, `:unknown_layout`, `:unknown_dtype`, `:unknown_recipe` | `name`, `known` |
   | `:invalid_option` | `option`, `message` |
   | `:shape_mismatch`, `:size_mismatch` | `what`, `expected`, `actual` |
   | `:shape_overflow` | `shape` |

@@ -58,8 +58,9 @@ defmodule VivaTensor.Job do
   - `:max_shard_size` - of the files of the output (`"5GB"`); the gguf layout has
     one file
   - `:notify` - a process to keep informed, see above
-  - `:recipe` - a `VivaTensor.Recipe` or a `VivaTensor.Conversion`, or else the options
-    of one: see `VivaTensor.Recipe.new/1`
+  - `:recipe` - a `VivaTensor.Recipe`, the name of one with more of its options beside
+    it, or a `VivaTensor.Conversion`; without it, all options of a recipe: see
+    `VivaTensor.Recipe.new/2`
   - `:convert` - the layout of a conversion, with `:dtype` if floats are to be cast:
     see `VivaTensor.Conversion.new/1`
 

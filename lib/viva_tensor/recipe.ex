@@ -17,11 +17,17 @@ defmodule VivaTensor.Recipe do
 
   `:exclude` patterns keep more. `:include` patterns quantize what the rule would
   have kept, as far as the format can. An exclude wins over an include.
+
+  The usual ones have names, see `presets/0`; a recipe prints as what makes it again:
+
+      iex> inspect(VivaTensor.Recipe.new!(:nf4, min_elements: 0))
+      "VivaTensor.Recipe.new!(format: :nf4, layout: :bitsandbytes, double_quant: true, min_elements: 0)"
   """
 
-  alias VivaTensor.{Error, Native}
+  alias VivaTensor.{Calibration, Error, Native}
+  alias VivaTensor.Recipe.Presets
 
-  @own_keys [:format, :layout, :include, :exclude, :min_elements, :non_finite]
+  @own_keys [:format, :layout, :include, :exclude, :min_elements, :non_finite, :statistics]
   @float_dtypes ~w(f64 f32 f16 bf16)
 
   # GPT-2 and its kin keep linear weights as [in, out] ("Conv1D").
@@ -42,12 +48,14 @@ defmodule VivaTensor.Recipe do
     include: [],
     exclude: [],
     min_elements: 4096,
-    non_finite: :error
+    non_finite: :error,
+    calibrated: false,
+    statistics: nil
   ]
 
   @typedoc """
   `options` are the format's options as they were given, `settings` the same
-  with every choice made.
+  with every choice made; `calibrated` says whether the method looks at activations.
   """
   @type t :: %__MODULE__{
           format: atom,
@@ -57,7 +65,9 @@ defmodule VivaTensor.Recipe do
           include: [Regex.t()],
           exclude: [Regex.t()],
           min_elements: non_neg_integer,
-          non_finite: :error | :keep
+          non_finite: :error | :keep,
+          calibrated: boolean,
+          statistics: Path.t() | Calibration.t() | nil
         }
 
   @typedoc "What a recipe looks at in a tensor."
@@ -71,7 +81,8 @@ defmodule VivaTensor.Recipe do
   @type decision :: :quantize | {:keep, reason :: String.t()}
 
   @doc """
-  Checks and completes a recipe.
+  Checks and completes a recipe: options, or the name of a preset and options that go
+  before its own.
 
   - `:format` - see `VivaTensor.formats/0`; required
   - `:layout` - how it is spelled on disk; by default the format's usual layout
@@ -80,12 +91,31 @@ defmodule VivaTensor.Recipe do
   - `:min_elements` - smaller weights are kept (4096)
   - `:non_finite` - what to do about NaN and infinities in a weight: `:error`
     fails the job, `:keep` leaves that weight unquantized (`:error`)
+  - `:statistics` - what the layers of the model meet, for methods that look at it:
+    a `VivaTensor.Calibration` with an entry for each layer, or the file of one. A
+    recipe may do without, a job may not.
 
   Every other option belongs to the format: `:method`, `:block_size`,
   `:double_quant` and so on, as for `VivaTensor.quantize/3`.
+
+      iex> {:ok, recipe} = VivaTensor.Recipe.new(:awq)
+      iex> {recipe.format, recipe.layout, recipe.settings.method}
+      {:int4, :awq, :awq}
+      iex> {:error, error} = VivaTensor.Recipe.new(format: :nf4, block_size: 63)
+      iex> error.reason |> elem(1) |> Map.fetch!(:option)
+      "block_size"
   """
-  @spec new(keyword) :: {:ok, t} | {:error, Error.t()}
-  def new(opts) when is_list(opts) do
+  @spec new(atom | keyword, keyword) :: {:ok, t} | {:error, Error.t()}
+  def new(preset_or_options, options \\ [])
+
+  def new(preset, opts) when is_atom(preset) and is_list(opts) do
+    case Presets.fetch(preset) do
+      {:ok, options} -> options |> Keyword.merge(opts) |> new()
+      :error -> unknown(preset)
+    end
+  end
+
+  def new(opts, []) when is_list(opts) do
     {own, options} = Keyword.split(opts, @own_keys)
 
     with {:ok, format} <- fetch_format(own),
@@ -94,18 +124,61 @@ defmodule VivaTensor.Recipe do
          {:ok, min_elements} <- min_elements(Keyword.get(own, :min_elements, 4096)),
          {:ok, non_finite} <- non_finite(Keyword.get(own, :non_finite, :error)),
          {:ok, spec} <- native_spec(format, options, Keyword.get(own, :layout)) do
-      {:ok,
-       %__MODULE__{
-         format: spec.format,
-         layout: spec.layout,
-         options: options,
-         settings: spec.options,
-         include: include,
-         exclude: exclude,
-         min_elements: min_elements,
-         non_finite: non_finite
-       }}
+      with_statistics(
+        %__MODULE__{
+          format: spec.format,
+          layout: spec.layout,
+          options: options,
+          settings: spec.options,
+          include: include,
+          exclude: exclude,
+          min_elements: min_elements,
+          non_finite: non_finite,
+          calibrated: spec.calibrated
+        },
+        Keyword.get(own, :statistics)
+      )
     end
+  end
+
+  @doc "Like `new/2`, but raises `VivaTensor.Error`."
+  @spec new!(atom | keyword, keyword) :: t
+  def new!(preset_or_options, options \\ []), do: Error.bang!(new(preset_or_options, options))
+
+  @doc """
+  The recipes that have a name, with a line and the options that each stands for.
+
+      iex> Enum.find(VivaTensor.Recipe.presets(), &(&1.name == :nf4)).options
+      [format: :nf4, double_quant: true]
+  """
+  @spec presets() :: [%{name: atom, about: String.t(), options: keyword}]
+  def presets, do: Presets.all()
+
+  @doc "The recipe with other `:statistics`."
+  @spec with_statistics(t, Path.t() | Calibration.t() | nil) :: {:ok, t} | {:error, Error.t()}
+  def with_statistics(recipe, nil), do: {:ok, %{recipe | statistics: nil}}
+
+  def with_statistics(%{calibrated: false} = recipe, _statistics) do
+    invalid(
+      :statistics,
+      "method #{recipe.settings.method} looks at no activations; leave statistics out, " <>
+        "or choose a method such as :awq"
+    )
+  end
+
+  def with_statistics(recipe, statistics) when is_binary(statistics) and statistics != "" do
+    {:ok, %{recipe | statistics: statistics}}
+  end
+
+  def with_statistics(recipe, %Calibration{} = statistics) do
+    {:ok, %{recipe | statistics: statistics}}
+  end
+
+  def with_statistics(_recipe, other) do
+    invalid(
+      :statistics,
+      "expected a VivaTensor.Calibration or the path of a saved one, got #{inspect(other)}"
+    )
   end
 
   @doc "The native form of a recipe's format, options and layout."
@@ -179,13 +252,17 @@ defmodule VivaTensor.Recipe do
       include: Enum.map(recipe.include, & &1.source),
       exclude: Enum.map(recipe.exclude, & &1.source),
       min_elements: recipe.min_elements,
-      non_finite: recipe.non_finite
+      non_finite: recipe.non_finite,
+      statistics: statistics(recipe.statistics)
     }
   end
 
+  defp statistics(%Calibration{}), do: "in memory"
+  defp statistics(path), do: path
+
   defp fetch_format(own) do
     case Keyword.get(own, :format) do
-      nil -> invalid(:format, "is required, for example format: :nf4")
+      nil -> invalid(:format, "is required, for example format: :nf4, or recipe: :nf4")
       format when is_atom(format) -> {:ok, format}
       other -> invalid(:format, "expected an atom such as :nf4, got #{inspect(other)}")
     end
@@ -229,6 +306,17 @@ defmodule VivaTensor.Recipe do
 
   defp native_spec(format, options, layout) do
     format |> Native.spec_new(options, layout) |> Error.wrap(:recipe)
+  end
+
+  defp unknown(name) do
+    known = Presets.names()
+
+    {:error,
+     Error.new(
+       :recipe,
+       {:unknown_recipe, %{name: to_string(name), known: known}},
+       "unknown recipe #{inspect(name)}; choose one of #{known}"
+     )}
   end
 
   defp invalid(option, message), do: Error.option(:recipe, to_string(option), message)
@@ -315,4 +403,24 @@ defmodule VivaTensor.Recipe do
   end
 
   defp last_component(module), do: module |> String.split(".") |> List.last()
+
+  defimpl Inspect do
+    import Inspect.Algebra
+
+    def inspect(recipe, opts) do
+      own =
+        for {key, default} <- [include: [], exclude: [], min_elements: 4096, non_finite: :error],
+            value = Map.fetch!(recipe, key),
+            value != default,
+            do: {key, value}
+
+      statistics = if recipe.statistics, do: [statistics: recipe.statistics], else: []
+
+      fields =
+        [format: recipe.format, layout: recipe.layout] ++ recipe.options ++ own ++ statistics
+
+      fields = for {key, value} <- fields, do: concat("#{key}: ", to_doc(value, opts))
+      concat(["VivaTensor.Recipe.new!("] ++ Enum.intersperse(fields, ", ") ++ [")"])
+    end
+  end
 end

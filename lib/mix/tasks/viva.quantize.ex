@@ -15,10 +15,20 @@ defmodule Mix.Tasks.Viva.Quantize do
   ## Flags
 
     * `--to DIR` - where to write; required
+    * `--recipe R` - a format, its layout and a method by name, one of those below;
+      what other flags say goes before
     * `--format F` - `int8`, `int4`, `nf4`, `fp8_e4m3` …, see `VivaTensor.formats/0`;
-      required
+      required without `--recipe`
     * `--method rtn|mse|hqq` - round to nearest, search the scales of lowest error,
       or find float zero points by half-quadratic splitting (integers)
+    * `--method awq|gptq|awq_gptq|smoothquant` - choose codes by what the layers meet
+    * `--statistics FILE` - what they meet, for those methods: a saved
+      `VivaTensor.Calibration` with an entry for each layer, as
+      `examples/calibration/record.py` records it
+    * `--scales rtn|mse` - how these methods choose the scales of blocks
+    * `--damping 0.01`, `--order activation|natural`, `--act-order` - of gptq
+    * `--no-clip` - awq scales columns only
+    * `--symmetric`, `--no-symmetric` - integers without or with zero points
     * `--block-size N` - elements that share a scale
     * `--double-quant`, `--no-double-quant` - quantize the scales of nf4 and fp4
     * `--values source|f32|f16|bf16|int8|fp8_e4m3` - what sparse24 keeps its weights as
@@ -34,9 +44,14 @@ defmodule Mix.Tasks.Viva.Quantize do
     * `--force` - replace DIR if it exists
     * `--json` - print the report as JSON
 
+  ## Recipes
+
+  #{Enum.map_join(VivaTensor.Recipe.presets(), "\n", &"  * `#{&1.name}` - #{&1.about}")}
+
   ## Examples
 
       mix viva.quantize examples/models/viva-tiny --to viva-tiny-nf4 --format nf4 --double-quant
+      mix viva.quantize ~/models/llama --to llama-awq --recipe awq --statistics seen.safetensors
       mix viva.quantize model.safetensors --to out --format int8 --exclude 'layers\\.0\\.'
       mix viva.quantize ~/models/llama --to llama-24 --format sparse24 --values fp8_e4m3
       mix viva.quantize ~/models/llama --to llama-gguf --format q4_k --layout gguf

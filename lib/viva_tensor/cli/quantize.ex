@@ -8,8 +8,16 @@ defmodule VivaTensor.CLI.Quantize do
   @task "viva.quantize"
 
   @switches [
+    recipe: :string,
     format: :string,
     method: :string,
+    scales: :string,
+    statistics: :string,
+    damping: :float,
+    order: :string,
+    clip: :boolean,
+    act_order: :boolean,
+    symmetric: :boolean,
     block_size: :integer,
     double_quant: :boolean,
     values: :string,
@@ -20,15 +28,15 @@ defmodule VivaTensor.CLI.Quantize do
   ]
 
   # Options whose values the library takes as atoms.
-  @names [:format, :method, :values, :layout, :non_finite]
+  @names [:recipe, :format, :method, :scales, :order, :values, :layout, :non_finite]
 
   @doc "Reads the flags: everything about them that needs no running application."
   @spec parse([String.t()]) :: {:ok, keyword} | :help | {:error, String.t()}
   def parse(argv) do
     with {:ok, flags} <- CLI.Job.parse(argv, @switches) do
-      if flags[:format],
+      if flags[:format] || flags[:recipe],
         do: {:ok, flags},
-        else: {:error, "--format is missing, for example --format nf4"}
+        else: {:error, "--format is missing, for example --format nf4, or --recipe nf4"}
     end
   end
 
@@ -37,7 +45,7 @@ defmodule VivaTensor.CLI.Quantize do
   def run(flags), do: CLI.Job.run(@task, job_options(flags), flags)
 
   defp job_options(flags) do
-    plain =
+    options =
       flags
       |> Keyword.drop([:json, :threads, :include, :exclude])
       |> Enum.map(fn
@@ -45,10 +53,6 @@ defmodule VivaTensor.CLI.Quantize do
         option -> option
       end)
 
-    plain ++
-      [
-        include: Keyword.get_values(flags, :include),
-        exclude: Keyword.get_values(flags, :exclude)
-      ]
+    options ++ for key <- [:include, :exclude], do: {key, Keyword.get_values(flags, key)}
   end
 end

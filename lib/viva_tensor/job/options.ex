@@ -102,26 +102,48 @@ defmodule VivaTensor.Job.Options do
   end
 
   defp recipe(own, recipe_opts) do
-    case {Keyword.get(own, :recipe), recipe_opts} do
-      {nil, opts} ->
-        case Keyword.pop(opts, :convert) do
-          {nil, opts} -> Recipe.new(opts)
-          {layout, opts} -> Conversion.new([layout: layout] ++ opts)
-        end
-
-      {%kind{} = recipe, []} when kind in [Recipe, Conversion] ->
-        {:ok, recipe}
-
-      {%kind{}, [{key, _} | _]} when kind in [Recipe, Conversion] ->
-        invalid(key, "goes into the recipe, not beside it")
-
-      {other, _} ->
-        invalid(
-          :recipe,
-          "expected a VivaTensor.Recipe or VivaTensor.Conversion, got #{inspect(other)}"
-        )
+    with {:ok, recipe} <- chosen(Keyword.get(own, :recipe), recipe_opts) do
+      with_statistics(recipe)
     end
   end
+
+  defp chosen(nil, opts) do
+    case Keyword.pop(opts, :convert) do
+      {nil, opts} -> Recipe.new(opts)
+      {layout, opts} -> Conversion.new([layout: layout] ++ opts)
+    end
+  end
+
+  defp chosen(preset, opts) when is_atom(preset), do: Recipe.new(preset, opts)
+
+  # What was seen may go beside a recipe: it is of one model, a recipe of many.
+  defp chosen(%Recipe{} = recipe, statistics: statistics) do
+    Recipe.with_statistics(recipe, statistics)
+  end
+
+  defp chosen(%kind{} = recipe, []) when kind in [Recipe, Conversion], do: {:ok, recipe}
+
+  defp chosen(%kind{}, [{key, _} | _]) when kind in [Recipe, Conversion] do
+    invalid(key, "goes into the recipe, not beside it")
+  end
+
+  defp chosen(other, _opts) do
+    invalid(
+      :recipe,
+      "expected a VivaTensor.Recipe, the name of one, or a VivaTensor.Conversion, " <>
+        "got #{inspect(other)}"
+    )
+  end
+
+  defp with_statistics(%Recipe{calibrated: true} = recipe) do
+    invalid(
+      :method,
+      "#{recipe.settings.method} looks at activations, which a job has none of; quantize " <>
+        "single weights with VivaTensor.quantize/3"
+    )
+  end
+
+  defp with_statistics(recipe), do: {:ok, recipe}
 
   defp invalid(option, message), do: Error.option(:job, to_string(option), message)
 end

@@ -6,18 +6,21 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::format::{Quantized, Spec};
+use crate::format::{Extremes, OptionValue, Quantized, Spec};
 use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, ShardWriter};
 use crate::layout::gguf::{self, RowOrder};
-use crate::layout::{Entries, Layout};
+use crate::layout::{self, Entries, Layout};
+use crate::method::calibrated::{self, Calibrated};
 use crate::ops::metrics::{self, Metrics};
 use crate::ops::{Cancel, pool, quantize};
 use crate::tensor::narrow;
 
-/// A spec, and the layout in which tensors are written.
+/// A spec, the layout in which tensors are written, and what the method does to
+/// weights by their activations.
 pub struct Target {
     pub spec: Spec,
     pub layout: &'static dyn Layout,
+    pub calibrated: Option<Calibrated>,
 }
 
 /// One tensor of the source in the plan of a shard.
@@ -38,6 +41,50 @@ pub struct Done {
 }
 
 impl Target {
+    /// From a user's options; without a layout's name, the first that can hold the
+    /// format.
+    ///
+    /// # Errors
+    /// `UnknownFormat`, `UnknownLayout`, `InvalidOption`, and `LayoutMismatch`
+    /// where the layout cannot hold what they ask for.
+    pub fn resolve(
+        format: &str,
+        options: Vec<(String, OptionValue)>,
+        layout: Option<&str>,
+    ) -> Result<Target> {
+        let (calibrated, options) = calibrated::take(options)?;
+        let (spec, layout) = layout::resolve(format, &options, layout)?;
+        if let Some(how) = &calibrated {
+            if how.rotate {
+                return Err(layout::no_place_for(layout.name(), &spec, layout::ROTATED));
+            }
+            if how.gptq.is_some() {
+                // Refuses the formats whose codes cannot be chosen one by one.
+                let any = Extremes { min: 0.0, max: 1.0 };
+                spec.format()?.grid(&spec, Some(any))?;
+            }
+        }
+        Ok(Target {
+            spec,
+            layout,
+            calibrated,
+        })
+    }
+
+    /// Every choice made, as the options that would make it again.
+    pub fn options(&self) -> Result<Vec<(&'static str, OptionValue)>> {
+        let mut options = self.spec.format()?.options(&self.spec);
+        if let Some(calibrated) = &self.calibrated {
+            for (name, _) in &mut options {
+                if *name == "method" {
+                    *name = "scales";
+                }
+            }
+            options.extend(calibrated.options());
+        }
+        Ok(options)
+    }
+
     /// What a tensor of this shape is quantized with.
     pub fn spec_for(&self, shape: &[usize]) -> Result<Cow<'_, Spec>> {
         self.layout.spec_for(&self.spec, shape)

@@ -27,7 +27,11 @@ const TINY: &str = concat!(
 
 fn target(format: &str) -> Target {
     let (spec, layout) = layout::resolve(format, &[], Some("gguf")).unwrap();
-    Target { spec, layout }
+    Target {
+        spec,
+        layout,
+        calibrated: None,
+    }
 }
 
 /// Writes `source` as a GGUF file whose projections of layers are quantized.
@@ -243,7 +247,11 @@ fn rows_that_long_blocks_do_not_divide_get_short_ones() {
 
     let searched = [("method".to_string(), support::name("mse"))];
     let (spec, layout) = layout::resolve("q4_k", &searched, Some("gguf")).unwrap();
-    let target = Target { spec, layout };
+    let target = Target {
+        spec,
+        layout,
+        calibrated: None,
+    };
     assert_eq!(
         *target.spec_for(&[4, 96]).unwrap(),
         make("q5_0", &[("method", support::name("mse"))])
@@ -370,7 +378,13 @@ fn a_gguf_file_is_written_again_as_it_is() {
 
     // No layout within safetensors has a place for it.
     let (spec, layout) = layout::resolve("nf4", &[], None).unwrap();
-    let error = Target { spec, layout }.check_source(&float).unwrap_err();
+    let error = Target {
+        spec,
+        layout,
+        calibrated: None,
+    }
+    .check_source(&float)
+    .unwrap_err();
     assert!(matches!(error, Error::LayoutMismatch { .. }), "{error}");
 }
 

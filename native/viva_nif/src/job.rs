@@ -7,11 +7,11 @@ use std::sync::Mutex;
 
 use rustler::{Atom, Binary, Encoder, Env, Term};
 use serde_json::Value;
+use viva_core::Error;
 use viva_core::io::{self, EntryDType, OutputDir, WrittenShard};
 use viva_core::layout::Modules;
 use viva_core::tensor::DType;
 use viva_core::unit::{self, Done, Planned, Target};
-use viva_core::{Error, layout};
 
 use crate::error::Outcome;
 use crate::resource::{
@@ -24,13 +24,14 @@ use crate::terms::{self, Name, Options};
 fn spec_new<'a>(env: Env<'a>, format: Name, options: Options, layout: Name) -> Outcome<Term<'a>> {
     // nil leaves the choice to the format.
     let name = Some(layout.0.as_str()).filter(|&n| n != "nil");
-    let (spec, layout) = layout::resolve(&format.0, &options.0, name)?;
+    let target = Target::resolve(&format.0, options.0, name)?;
     let fields = [
-        ("format", terms::atom(env, &spec.format)),
-        ("layout", terms::atom(env, layout.name())),
-        ("options", terms::options(env, &spec)?),
+        ("format", terms::atom(env, &target.spec.format)),
+        ("layout", terms::atom(env, target.layout.name())),
+        ("options", terms::options(env, target.options()?)),
+        ("calibrated", target.calibrated.is_some().encode(env)),
     ];
-    let resource = TargetRef::new(TargetResource(Target { spec, layout }));
+    let resource = TargetRef::new(TargetResource(target));
     let mut all = vec![("ref", resource.encode(env))];
     all.extend(fields);
     Ok(terms::map(env, &all))
@@ -75,7 +76,7 @@ fn config_files(
         path: "config.json".into(),
         message: e.to_string(),
     })?;
-    let Target { layout, spec } = &target.0;
+    let Target { layout, spec, .. } = &target.0;
     layout.config(&Modules::all(spec, &kept), &mut value);
     let mut files = layout.companions(&value);
     files.insert(0, ("config.json", value));

@@ -2,7 +2,7 @@
 
 use rustler::{Atom, Decoder, Encoder, Env, NifResult, Term, TermType};
 use viva_core::Error;
-use viva_core::format::{OptionValue, Quantized, Spec};
+use viva_core::format::{OptionValue, Quantized};
 use viva_core::tensor::{DType, Tensor};
 
 use crate::resource::{QuantizedRef, QuantizedResource, Slot, TensorRef, TensorResource};
@@ -76,20 +76,15 @@ pub fn number(env: Env, v: f64) -> Term {
     }
 }
 
-pub fn options<'a>(env: Env<'a>, spec: &Spec) -> Result<Term<'a>, Error> {
+pub fn options<'a>(env: Env<'a>, options: Vec<(&str, OptionValue)>) -> Term<'a> {
     let encode = |value| match value {
         OptionValue::Bool(v) => v.encode(env),
         OptionValue::Int(v) => v.encode(env),
         OptionValue::Float(v) => v.encode(env),
         OptionValue::Name(v) => atom(env, &v),
     };
-    let pairs: Vec<_> = spec
-        .format()?
-        .options(spec)
-        .into_iter()
-        .map(|(k, v)| (k, encode(v)))
-        .collect();
-    Ok(map(env, &pairs))
+    let pairs: Vec<_> = options.into_iter().map(|(k, v)| (k, encode(v))).collect();
+    map(env, &pairs)
 }
 
 /// `%{ref, dtype, shape}` of a tensor.
@@ -112,7 +107,7 @@ pub fn quantized(env: Env, q: Quantized) -> Result<Term, Error> {
         ("format", atom(env, &q.spec.format)),
         ("shape", q.shape.encode(env)),
         ("dtype", atom(env, q.dtype.name())),
-        ("options", options(env, &q.spec)?),
+        ("options", options(env, q.spec.format()?.options(&q.spec))),
         ("nbytes", q.nbytes().encode(env)),
         ("bits_per_weight", q.bits_per_weight().encode(env)),
     ];

@@ -96,7 +96,7 @@ impl Layout for Awq {
         Ok(entries)
     }
 
-    fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
+    fn bytes<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
         let module = module(name)?;
         let (out, columns) = (q.shape[0], q.shape[1]);
         let groups = columns / Awq::group(&q.spec, columns).max(1);

@@ -127,7 +127,7 @@ impl Layout for Bitsandbytes {
         Ok(entries)
     }
 
-    fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
+    fn bytes<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
         let codes = Cow::Borrowed(q.part("codes")?.bytes());
         if !is_4bit(&q.spec) {
             let module = module(name)?;

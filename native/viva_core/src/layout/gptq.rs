@@ -180,7 +180,7 @@ impl Layout for Gptq {
         Ok(entries)
     }
 
-    fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
+    fn bytes<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
         let module = module(name)?;
         let (&[out, columns], Some(width)) = (q.shape.as_slice(), width(&q.spec)) else {
             return Err(refuse(self, &q.spec, "its weights are matrices"));

@@ -84,7 +84,7 @@ impl Layout for Mlx {
         Ok(entries)
     }
 
-    fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
+    fn bytes<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
         let module = module(name)?;
         let part = |name: &str| q.part(name).map(|part| Cow::Borrowed(part.bytes()));
         Ok(vec![

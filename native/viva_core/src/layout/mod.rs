@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use self::gguf::RowOrder;
 use crate::error::{Error, Result};
-use crate::format::{OptionValue, Quantized, Spec, spec};
+use crate::format::{Input, OptionValue, Quantized, Spec, spec};
 use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, LateEntry, Metadata};
 use crate::tensor::{DType, Tensor};
 
@@ -117,8 +117,22 @@ pub trait Layout: Send + Sync {
     /// cannot be held.
     fn entries(&self, spec: &Spec, name: &str, shape: &[usize], dtype: DType) -> Result<Entries>;
 
+    /// The bytes of those entries, of codes that stand for the weight itself.
+    fn bytes<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>>;
+
     /// The bytes of those entries.
-    fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>>;
+    ///
+    /// # Errors
+    /// `LayoutMismatch` where the input has to be rotated or scaled first: loaders
+    /// would not do it, and compute something else without a word.
+    fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
+        let what = match q.spec.input {
+            Input { rotated: true, .. } => ROTATED,
+            Input { scaled: true, .. } => "scaled",
+            _ => return self.bytes(name, q),
+        };
+        Err(no_place_for(self.name(), &q.spec, what))
+    }
 
     /// The `quantization_config` of a model directory.
     fn config(&self, modules: &Modules, config: &mut Value);
@@ -275,6 +289,21 @@ fn refuse(layout: &dyn Layout, spec: &Spec, message: impl Into<String>) -> Error
         layout: layout.name().into(),
         format: spec.format.clone(),
         message: message.into(),
+    }
+}
+
+/// What [`no_place_for`] says of a weight for rotated inputs.
+pub const ROTATED: &str = "rotated";
+
+/// The error of a layout whose loaders know no such inputs.
+pub fn no_place_for(layout: &str, spec: &Spec, what: &str) -> Error {
+    Error::LayoutMismatch {
+        layout: layout.into(),
+        format: spec.format.clone(),
+        message: format!(
+            "programs that load it know no {what} inputs; quantize single weights so, \
+             with VivaTensor.quantize, or choose another method"
+        ),
     }
 }
 

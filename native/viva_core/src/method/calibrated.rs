@@ -35,26 +35,31 @@ pub struct Calibrated {
 /// The names of methods that see activations.
 pub const METHODS: [&str; 5] = ["awq", "gptq", "awq_gptq", "smoothquant", "rotate"];
 
-/// What a user's options ask for. `method` names one of [`METHODS`]; `scales`
-/// is then the format's own method, by which scales are chosen.
+/// Takes a method that sees activations, with its own options, out of those of a
+/// user: what it is, where `method` names one of [`METHODS`], and the options of
+/// the format. `scales` is then the format's own method, by which scales are
+/// chosen.
 ///
 /// # Errors
-/// `InvalidOption`, and those of [`spec`].
-pub fn resolve(format: &str, given: Vec<(String, OptionValue)>) -> Result<(Spec, Calibrated)> {
+/// `InvalidOption`.
+pub fn take(given: Vec<(String, OptionValue)>) -> Result<(Option<Calibrated>, Given)> {
+    let named = given.iter().rev().find(|(name, _)| name == "method");
+    let method = match named {
+        Some((_, OptionValue::Name(name))) => METHODS.into_iter().find(|m| m == name),
+        _ => None,
+    };
+    let Some(method) = method else {
+        return Ok((None, given));
+    };
     let mut options = Options::new(given);
-    let methods: Vec<(&str, &str)> = METHODS.into_iter().map(|m| (m, m)).collect();
-    let method = options.take_name("method", &methods, METHODS[0])?;
+    options.take("method");
     let gptq = match method.ends_with("gptq") {
         false => None,
         true => {
-            let orders = [
-                ("activation", Order::Activation),
-                ("natural", Order::Natural),
-            ];
             let defaults = Gptq::default();
             Some(Gptq {
                 damping: take_damping(&mut options, defaults.damping)?,
-                order: options.take_name("order", &orders, defaults.order)?,
+                order: options.take_name("order", &ORDERS, defaults.order)?,
             })
         }
     };
@@ -75,7 +80,58 @@ pub fn resolve(format: &str, given: Vec<(String, OptionValue)>) -> Result<(Spec,
             *name = "method".into();
         }
     }
-    Ok((spec(format, rest)?, how))
+    Ok((Some(how), rest))
+}
+
+/// Options as a user gave them.
+type Given = Vec<(String, OptionValue)>;
+
+/// A format's spec, and what is done to a weight before, from a user's options.
+///
+/// # Errors
+/// `InvalidOption`, and those of [`spec`].
+pub fn resolve(format: &str, given: Given) -> Result<(Spec, Calibrated)> {
+    match take(given)? {
+        (Some(how), rest) => Ok((spec(format, rest)?, how)),
+        (None, _) => Err(Error::option(
+            "method",
+            format!("expected one of {}", METHODS.join(", ")),
+        )),
+    }
+}
+
+const ORDERS: [(&str, Order); 2] = [
+    ("activation", Order::Activation),
+    ("natural", Order::Natural),
+];
+
+impl Calibrated {
+    /// The options that give it again, beside those of the format.
+    pub fn options(&self) -> Vec<(&'static str, OptionValue)> {
+        let name = |name: &str| OptionValue::Name(name.into());
+        let method = match (self.scaling, self.gptq.is_some()) {
+            (Scaling::Awq, false) => "awq",
+            (Scaling::Awq, true) => "awq_gptq",
+            (Scaling::Smooth, _) => "smoothquant",
+            (Scaling::None, true) => "gptq",
+            (Scaling::None, false) => "rotate",
+        };
+        let mut options = vec![("method", name(method))];
+        if let Some(gptq) = &self.gptq {
+            // As it prints: 0.01, not the f64 next to that f32.
+            let damping = gptq.damping.to_string().parse().unwrap_or(0.0);
+            options.push(("damping", OptionValue::Float(damping)));
+            let order = ORDERS.iter().find(|(_, order)| *order == gptq.order);
+            options.extend(order.map(|(order, _)| ("order", name(order))));
+        }
+        if method == "awq" {
+            options.push(("clip", OptionValue::Bool(self.clip)));
+        }
+        if self.rotate {
+            options.push(("rotate", OptionValue::Bool(true)));
+        }
+        options
+    }
 }
 
 fn take_damping(options: &mut Options, default: f32) -> Result<f32> {

@@ -206,7 +206,7 @@ impl Layout for CompressedTensors {
         Ok(entries)
     }
 
-    fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
+    fn bytes<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
         let module = module(name)?;
         if sparse24::holds(&q.spec) {
             return sparse24::spell(module, q);

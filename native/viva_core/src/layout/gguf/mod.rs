@@ -131,7 +131,7 @@ impl Layout for Gguf {
         Ok(entries)
     }
 
-    fn spell<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
+    fn bytes<'a>(&self, name: &str, q: &'a Quantized) -> Result<Spelled<'a>> {
         blocks::spell(name, q)
     }
 
