@@ -255,7 +255,8 @@ defmodule VivaTensor do
   `mean_error` is the mean of the absolute errors, `max_error` the largest.
   `bits_per_weight` counts codes, scales and zero points;
   `bound_distance_db` is how far the SQNR stays below the rate–distortion bound
-  of a Gaussian, 6.02 dB a bit. Those two only for a quantized tensor.
+  of a Gaussian, 6.02 dB a bit. Those two only for a quantized tensor;
+  `output_error` only with activations.
   """
   @type metrics :: %{
           required(:mse) => float | atom,
@@ -265,30 +266,77 @@ defmodule VivaTensor do
           required(:mean_error) => float | atom,
           required(:max_error) => float | atom,
           optional(:bits_per_weight) => float,
-          optional(:bound_distance_db) => float | atom
+          optional(:bound_distance_db) => float | atom,
+          optional(:output_error) => float | atom
         }
 
   @doc """
   How close a quantized (or another dense) tensor is to the original.
+
+  With `activations:` a tensor `[…, k]` of what the weight `[n, k]` meets, or a
+  `VivaTensor.Calibration` and `layer:` a name in it, whose kept rows count:
+  `output_error`, ‖X·Wᵀ − X·Ŵᵀ‖ / ‖X·Wᵀ‖. Activations that a method did not see tell
+  more than those that it did.
 
       iex> t = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 1.0], :f32, [4])
       iex> VivaTensor.metrics!(t, t).sqnr_db
       :infinity
       iex> VivaTensor.metrics!(t, VivaTensor.quantize!(t, :nf4)).bits_per_weight
       12.0
+
+      iex> w = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 1.0], :f32, [2, 2])
+      iex> near = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 0.0], :f32, [2, 2])
+      iex> x = VivaTensor.Tensor.from_list!([0.0, 1.0], :f32, [1, 2])
+      iex> Float.round(VivaTensor.metrics!(w, near, activations: x).output_error, 4)
+      0.7071
+
+  ## Errors
+
+  `:shape_mismatch`, `:unsupported_dtype`; for activations also `:non_finite` and
+  `:unknown_tensor`.
   """
-  @spec metrics(Tensor.t(), Quantized.t() | Tensor.t()) :: {:ok, metrics} | {:error, Error.t()}
-  def metrics(%Tensor{ref: x}, %Quantized{ref: q}) do
-    x |> Native.quantized_metrics(q) |> Error.wrap(:metrics)
+  @spec metrics(Tensor.t(), Quantized.t() | Tensor.t(), keyword) ::
+          {:ok, metrics} | {:error, Error.t()}
+  def metrics(%Tensor{ref: x} = tensor, other, options \\ []) do
+    with {:ok, [seen, layer]} <- take(:metrics, options, activations: nil, layer: nil),
+         {:ok, rows} <- rows(seen, layer),
+         {:ok, metrics} <- x |> native_metrics(other) |> Error.wrap(:metrics),
+         {:ok, error} <- tensor |> output_error(other, rows) |> Error.wrap(:metrics) do
+      {:ok, Map.merge(metrics, error)}
+    end
   end
 
-  def metrics(%Tensor{ref: x}, %Tensor{ref: y}) do
-    x |> Native.tensor_metrics(y) |> Error.wrap(:metrics)
+  defp native_metrics(x, %Quantized{ref: q}), do: Native.quantized_metrics(x, q)
+  defp native_metrics(x, %Tensor{ref: y}), do: Native.tensor_metrics(x, y)
+
+  defp rows(%Calibration{} = seen, layer) when is_binary(layer),
+    do: Calibration.samples(seen, layer)
+
+  defp rows(seen, nil) when is_nil(seen) or is_struct(seen, Tensor), do: {:ok, seen}
+
+  defp rows(_seen, _layer) do
+    Error.option(
+      :metrics,
+      "activations",
+      "expected a tensor […, k], or a VivaTensor.Calibration and layer: its name for this weight"
+    )
   end
 
-  @doc "Like `metrics/2`, but raises `VivaTensor.Error`."
-  @spec metrics!(Tensor.t(), Quantized.t() | Tensor.t()) :: metrics
-  def metrics!(tensor, other), do: Error.bang!(metrics(tensor, other))
+  defp output_error(_tensor, _other, nil), do: {:ok, %{}}
+
+  defp output_error(%{ref: w}, other, %Tensor{ref: x}) do
+    result =
+      case other do
+        %Quantized{ref: q} -> Native.quantized_output_error(w, q, x)
+        %Tensor{ref: y} -> Native.tensor_output_error(w, y, x)
+      end
+
+    with {:ok, error} <- result, do: {:ok, %{output_error: error}}
+  end
+
+  @doc "Like `metrics/3`, but raises `VivaTensor.Error`."
+  @spec metrics!(Tensor.t(), Quantized.t() | Tensor.t(), keyword) :: metrics
+  def metrics!(tensor, other, options \\ []), do: Error.bang!(metrics(tensor, other, options))
 
   @doc """
   The formats, with a line about each.

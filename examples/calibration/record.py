@@ -2,17 +2,20 @@
 """Records what the linear layers of a transformers model meet.
 
     python3 examples/calibration/record.py MODEL_DIR TEXT OUT.safetensors \
-        [--tokens 8192] [--window 256] [--samples 512] [--skip 0]
+        [--tokens 8192] [--window 256] [--samples 512] [--skip 0] [--layers RE] \
+        [--rows-only]
 
-Writes the statistics that VivaTensor.Calibration.load/1 reads. Needs torch,
-transformers and safetensors.
+Writes what VivaTensor.Calibration.load/1 reads: of every linear layer the sums that
+the methods need and some rows, or rows alone, which are enough to measure on. Needs
+torch, transformers and safetensors.
 """
 
 import argparse
+import re
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 
 class Statistics:
@@ -42,22 +45,34 @@ class Statistics:
         """How many rows each kept one stands for."""
         return max(1.0, self.tokens / max(1, len(self.rows)))
 
-    def tensors(self, name):
-        return {
+    def tensors(self, name, rows_only):
+        rows = {f"{name}.samples": self.rows.contiguous()}
+        if rows_only:
+            return rows
+        return rows | {
             f"{name}.gram": self.gram,
             f"{name}.sum_abs": self.sum_abs,
             f"{name}.max_abs": self.max_abs,
-            f"{name}.samples": self.rows.contiguous(),
             f"{name}.tokens": torch.tensor([self.tokens]),
         }
 
 
+def load(directory):
+    """A decoder with its output head, or an encoder as it is."""
+    architecture = (AutoConfig.from_pretrained(directory).architectures or [""])[0]
+    auto = AutoModelForCausalLM if architecture.endswith("ForCausalLM") else AutoModel
+    return auto.from_pretrained(directory, dtype=torch.float32).eval()
+
+
 def windows(tokenizer, text, tokens, window, skip):
-    """Windows of the text, each after the token that begins a text."""
+    """Windows of the text, each between the tokens that a text begins and ends with."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][skip : skip + tokens]
-    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    encoder = tokenizer.cls_token_id is not None
+    first = tokenizer.cls_token_id if encoder else tokenizer.bos_token_id
+    begin = [first] if first is not None else []
+    end = [tokenizer.sep_token_id] if encoder else []
     for at in range(0, len(ids), window):
-        yield torch.tensor([begin + ids[at : at + window]])
+        yield torch.tensor([begin + ids[at : at + window] + end])
 
 
 def main():
@@ -69,12 +84,15 @@ def main():
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--skip", type=int, default=0, help="tokens to leave out first")
+    parser.add_argument("--layers", default="", help="a regular expression for their names")
+    parser.add_argument("--rows-only", action="store_true", help="no sums: to measure on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = load(args.model)
+    head = model.get_output_embeddings()
     seen = {}
 
     def record(name):
@@ -85,7 +103,8 @@ def main():
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+        linear = isinstance(module, torch.nn.Linear) and module is not head
+        if linear and re.search(args.layers, name):
             module.register_forward_pre_hook(record(name))
     with open(args.text, encoding="utf-8") as file:
         text = file.read()
@@ -95,7 +114,7 @@ def main():
 
     tensors = {}
     for name, statistics in seen.items():
-        tensors |= statistics.tensors(name)
+        tensors |= statistics.tensors(name, args.rows_only)
     save_file(tensors, args.out, metadata={"samples": str(args.samples)})
     tokens = next(iter(seen.values())).tokens
     print(f"{args.out}: {len(seen)} layers, {tokens} rows each")

@@ -109,6 +109,22 @@ defmodule VivaTensor.Calibration do
         ]
   def layers(%__MODULE__{ref: ref}), do: Native.calibration_layers(ref)
 
+  @doc """
+  The rows of activations that are kept of a layer, f32 `[rows, k]`.
+
+  ## Errors
+
+  `:unknown_tensor`, with a similar name where there is one.
+  """
+  @spec samples(t, String.t()) :: {:ok, Tensor.t()} | {:error, Error.t()}
+  def samples(%__MODULE__{ref: ref}, layer) when is_binary(layer) do
+    ref |> Native.calibration_samples(layer) |> Tensor.wrap(:samples)
+  end
+
+  @doc "Like `samples/2`, but raises `VivaTensor.Error`."
+  @spec samples!(t, String.t()) :: Tensor.t()
+  def samples!(calibration, layer), do: Error.bang!(samples(calibration, layer))
+
   defp done({:ok, :ok}, _op), do: :ok
   defp done(error, op), do: Error.wrap(error, op)
 

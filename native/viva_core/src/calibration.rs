@@ -11,8 +11,11 @@
 //! | `….max_abs` | f32 `[k]` | max abs(x) |
 //! | `….samples` | f32 `[rows, k]` | some of the rows |
 //! | `….tokens` | i64 `[1]` | how many rows there were |
+//!
+//! A layer may also have `….samples` alone, of any float dtype: rows that the rest
+//! is summed up from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -87,6 +90,15 @@ impl Statistics {
     /// Σ xᵀx over all rows.
     pub fn gram(&self) -> &Gram {
         &self.gram
+    }
+
+    /// The kept rows `[rows, columns]`.
+    ///
+    /// # Errors
+    /// None but that of a tensor too large for memory.
+    pub fn rows(&self) -> Result<Tensor> {
+        let shape = [self.samples.len(), self.columns];
+        Tensor::from_slice(DType::F32, &shape, &self.samples())
     }
 
     /// The kept rows, one after the other.
@@ -308,21 +320,35 @@ impl Calibration {
             Metadata::Gguf(_) => None,
         };
         let mut calibration = Calibration::new(samples.unwrap_or(SAMPLES));
-        for entry in file.entries() {
-            let Some(name) = entry.name.strip_suffix(".gram") else {
-                continue;
+        let entries: BTreeSet<&str> = file.entries().iter().map(|e| e.name.as_str()).collect();
+        let layers: BTreeSet<&str> = entries.iter().filter_map(|e| layer_of(e)).collect();
+        for name in layers {
+            let has = |part: &&str| entries.contains(format!("{name}.{part}").as_str());
+            let parts: Vec<&str> = PARTS.into_iter().filter(has).collect();
+            let statistics = match parts[..] {
+                ["samples"] => {
+                    let rows = file.tensor(&format!("{name}.samples"))?;
+                    Statistics::of(&rows, calibration.samples, &Cancel::new())?
+                }
+                _ => Statistics::read(&file, name, calibration.samples)?,
             };
-            let statistics = Statistics::read(&file, name, calibration.samples)?;
             calibration.layers.insert(name.into(), Arc::new(statistics));
         }
         match calibration.layers.is_empty() {
             false => Ok(calibration),
             true => Err(Error::InvalidFile {
                 path: path.display().to_string(),
-                message: "holds no statistics: no tensor is named ….gram".into(),
+                message: "holds no statistics: no tensor is named ….gram or ….samples".into(),
             }),
         }
     }
+}
+
+/// The layer that an entry of a file speaks of.
+fn layer_of(entry: &str) -> Option<&str> {
+    [".gram", ".samples"]
+        .iter()
+        .find_map(|part| entry.strip_suffix(part))
 }
 
 impl Statistics {

@@ -72,6 +72,16 @@ fn calibration_layers<'a>(env: Env<'a>, calibration: CalibrationRef) -> Vec<Term
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
+fn calibration_samples<'a>(
+    env: Env<'a>,
+    calibration: CalibrationRef,
+    layer: String,
+) -> Outcome<Term<'a>> {
+    let statistics = lock(&calibration).layer(&layer)?;
+    Ok(terms::tensor(env, statistics.rows()?))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
 fn quantize_calibrated<'a>(
     env: Env<'a>,
     tensor: TensorRef,

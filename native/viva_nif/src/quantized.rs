@@ -2,7 +2,7 @@
 
 use rustler::{Atom, Binary, Encoder, Env, OwnedBinary, Term};
 use viva_core::ops::metrics::DB_PER_BIT;
-use viva_core::ops::{Cancel, dequantize, dump, matmul, metrics, quantize};
+use viva_core::ops::{Cancel, dequantize, dump, matmul, metrics, output_error, quantize};
 use viva_core::tensor::{Tensor, element_count};
 use viva_core::{format, layout};
 
@@ -72,6 +72,18 @@ fn quantized_metrics<'a>(env: Env<'a>, x: TensorRef, q: QuantizedRef) -> Outcome
         ),
     ];
     Ok(metrics_map(env, &m, &more))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn quantized_output_error<'a>(
+    env: Env<'a>,
+    w: TensorRef,
+    q: QuantizedRef,
+    x: TensorRef,
+) -> Outcome<Term<'a>> {
+    let (w, q, x) = (w.0.get()?, q.0.get()?, x.0.get()?);
+    let error = output_error::quantized(&w, &q, &x, &Cancel::new())?;
+    Ok(terms::number(env, error))
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]

@@ -2,7 +2,7 @@
 
 use rustler::{Atom, Binary, Encoder, Env, Term, TermType};
 use viva_core::Error;
-use viva_core::ops::{Cancel, cast, metrics, sparsity};
+use viva_core::ops::{Cancel, cast, metrics, output_error, sparsity};
 use viva_core::tensor::{Buffer, DType, Tensor, element_count, narrow, widen};
 
 use crate::error::Outcome;
@@ -191,6 +191,18 @@ fn tensor_sparsify<'a>(env: Env<'a>, x: TensorRef, scores: TensorRef) -> Outcome
 fn tensor_metrics<'a>(env: Env<'a>, x: TensorRef, y: TensorRef) -> Outcome<Term<'a>> {
     let metrics = metrics::dense(&*x.0.get()?, &*y.0.get()?, &Cancel::new())?;
     Ok(metrics_map(env, &metrics, &[]))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn tensor_output_error<'a>(
+    env: Env<'a>,
+    w: TensorRef,
+    y: TensorRef,
+    x: TensorRef,
+) -> Outcome<Term<'a>> {
+    let (w, y, x) = (w.0.get()?, y.0.get()?, x.0.get()?);
+    let error = output_error::dense(&w, &y, &x, &Cancel::new())?;
+    Ok(terms::number(env, error))
 }
 
 /// Metrics, and what else belongs beside them.

@@ -7,6 +7,7 @@ pub mod dump;
 pub mod llm_int8;
 pub mod matmul;
 pub mod metrics;
+pub mod output_error;
 pub mod pool;
 pub mod quantize;
 pub mod sparsity;
