@@ -23,6 +23,7 @@ const GPTQ: Calibrated = Calibrated {
     gptq: Some(Gptq {
         damping: 0.01,
         order: Order::Activation,
+        sparsity: None,
     }),
     ..PLAIN
 };
@@ -122,6 +123,7 @@ fn without_correlation_gptq_is_rounding_to_nearest() {
                 gptq: Some(Gptq {
                     damping: 0.01,
                     order,
+                    sparsity: None,
                 }),
                 ..PLAIN
             };
@@ -218,6 +220,7 @@ fn gptq_is_what_the_paper_says() {
         gptq: Some(Gptq {
             damping: 0.01,
             order: Order::Natural,
+            sparsity: None,
         }),
         ..PLAIN
     };

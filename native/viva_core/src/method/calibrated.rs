@@ -1,6 +1,7 @@
 //! Quantizing one weight by what its activations show.
 
 use super::gptq::{self, Gptq, Order};
+use super::sparsity::Sparsity;
 use super::{awq, input};
 use crate::calibration::Statistics;
 use crate::error::{Error, Result};
@@ -56,10 +57,17 @@ pub fn take(given: Vec<(String, OptionValue)>) -> Result<(Option<Calibrated>, Gi
     let gptq = match method.ends_with("gptq") {
         false => None,
         true => {
+            let kinds = Sparsity::ALL.map(|sparsity| (sparsity.name(), Some(sparsity)));
+            let sparsity = options.take_name("sparsity", &kinds, None)?;
             let defaults = Gptq::default();
+            let order = match sparsity {
+                Some(_) => Order::Natural,
+                None => defaults.order,
+            };
             Some(Gptq {
                 damping: take_damping(&mut options, defaults.damping)?,
-                order: options.take_name("order", &ORDERS, defaults.order)?,
+                order: options.take_name("order", &ORDERS, order)?,
+                sparsity,
             })
         }
     };
@@ -123,6 +131,8 @@ impl Calibrated {
             options.push(("damping", OptionValue::Float(damping)));
             let order = ORDERS.iter().find(|(_, order)| *order == gptq.order);
             options.extend(order.map(|(order, _)| ("order", name(order))));
+            let sparsity = gptq.sparsity.map(|s| ("sparsity", name(s.name())));
+            options.extend(sparsity);
         }
         if method == "awq" {
             options.push(("clip", OptionValue::Bool(self.clip)));
@@ -134,7 +144,7 @@ impl Calibrated {
     }
 }
 
-fn take_damping(options: &mut Options, default: f32) -> Result<f32> {
+pub(super) fn take_damping(options: &mut Options, default: f32) -> Result<f32> {
     match options.take("damping") {
         None => Ok(default),
         Some(OptionValue::Float(v)) if v > 0.0 && v <= 1.0 => Ok(v as f32),
@@ -157,20 +167,8 @@ pub fn quantize_calibrated(
     how: &Calibrated,
     cancel: &Cancel,
 ) -> Result<Quantized> {
+    check(w, statistics)?;
     let k = statistics.columns();
-    if w.shape().len() != 2 || w.row_len() != k {
-        return Err(Error::ShapeMismatch {
-            what: "a weight [n, k] for activations of k columns".into(),
-            expected: vec![w.len() / w.row_len().max(1), k],
-            actual: w.shape().to_vec(),
-        });
-    }
-    if statistics.tokens() == 0 {
-        return Err(Error::option(
-            "activations",
-            "there are none; record at least one row",
-        ));
-    }
     check_floats(w)?;
     let spec = &*spec.for_dtype(w.dtype())?;
     if w.is_empty() {
@@ -217,6 +215,25 @@ pub fn quantize_calibrated(
         q.parts.push((INPUT_SCALE, part));
     }
     Ok(q)
+}
+
+/// That what was seen is what `w` meets.
+pub(super) fn check(w: &Tensor, statistics: &Statistics) -> Result<()> {
+    let k = statistics.columns();
+    if w.shape().len() != 2 || w.row_len() != k {
+        return Err(Error::ShapeMismatch {
+            what: "a weight [n, k] for activations of k columns".into(),
+            expected: vec![w.len() / w.row_len().max(1), k],
+            actual: w.shape().to_vec(),
+        });
+    }
+    match statistics.tokens() {
+        0 => Err(Error::option(
+            "activations",
+            "there are none; record at least one row",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// What was seen, as the codes will see it.

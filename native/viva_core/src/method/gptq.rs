@@ -9,11 +9,13 @@ use rayon::prelude::*;
 
 use super::factor::Factor;
 use super::gram::Gram;
+use super::sparsity::{Importance, Sparsity};
 use crate::error::{Error, Result};
-use crate::format::{Extremes, Grid, Quantized, Spec};
+use crate::format::{Extremes, Grid, Quantized, Spec, Zero};
 use crate::ops::{Cancel, pool, quantize};
 use crate::simd::dispatch;
 use crate::simd::product::{Axpy, NARROW, Product, WIDE};
+use crate::simd::sparsity::GROUP;
 use crate::tensor::{DType, Tensor};
 
 /// In which order columns are rounded.
@@ -32,6 +34,9 @@ pub struct Gptq {
     /// What is added to the diagonal of H, as a part of its mean.
     pub damping: f32,
     pub order: Order,
+    /// Two of every four columns become zeros when they are reached. The order is
+    /// then natural: such columns are neighbours.
+    pub sparsity: Option<Sparsity>,
 }
 
 impl Default for Gptq {
@@ -39,12 +44,13 @@ impl Default for Gptq {
         Gptq {
             damping: 0.01,
             order: Order::Activation,
+            sparsity: None,
         }
     }
 }
 
 /// Rows that go through the columns together: two panels for each one of R read.
-const STRIPE: usize = 2 * WIDE;
+pub(super) const STRIPE: usize = 2 * WIDE;
 
 /// Quantizes `w` so that its error costs little on activations of this Gram
 /// matrix.
@@ -83,20 +89,25 @@ pub fn quantize(
     if k % block != 0 {
         return Err(Error::Indivisible { row: k, block });
     }
+    check_sparsity(spec, options, k)?;
     quantize::check_floats(w)?;
     let extremes = quantize::needed_extremes(w, spec, cancel)?;
-    let plan = Plan {
-        grid: &*format.grid(spec, extremes)?,
-        block,
-        by_order: spec.act_order,
-        // Scales that are quantized in turn are not the ones chosen on the way.
-        dynamic: (options.order == Order::Natural || spec.act_order)
-            && !spec.double_quant
-            && block.is_multiple_of(NARROW),
-    };
+    let grid = &*format.grid(spec, extremes)?;
     let order = order_of(gram, options.order);
     let (codes, scales, zeros) = pool::run(|| {
         let factor = Factor::new(gram, order.clone(), options.damping, cancel)?;
+        let plan = Plan {
+            grid,
+            block,
+            by_order: spec.act_order,
+            // Scales that are quantized in turn are not the ones chosen on the way.
+            dynamic: (options.order == Order::Natural || spec.act_order)
+                && !spec.double_quant
+                && block.is_multiple_of(NARROW),
+            importance: options
+                .sparsity
+                .map(|sparsity| Importance::new(sparsity, gram, &factor)),
+        };
         let mut codes = vec![0u8; n * k];
         let mut scales = vec![0f32; n * k / block];
         let mut zeros = vec![0f32; n * k / block];
@@ -108,11 +119,12 @@ pub fn quantize(
             .try_for_each_init(Vec::new, |scratch, (s, ((codes, scales), zeros))| {
                 let first = s * STRIPE * k;
                 let w = w.f32_chunk(first..first + codes.len(), scratch);
-                Stripe::new(&plan, &factor, w, (scales, zeros))?.round(codes, cancel)
+                let stripe = Stripe::new(&plan, &factor, w, (scales, zeros))?;
+                stripe.round(|at, code, _| codes[at] = code, cancel)
             })?;
         Ok((codes, scales, zeros))
     })?;
-    let mut parts = assemble(&plan, spec, w, extremes, (&codes, &scales, &zeros))?;
+    let mut parts = assemble(grid, spec, w, extremes, (&codes, &scales, &zeros))?;
     if spec.act_order {
         let mut index = vec![0i32; k];
         for (at, &column) in order.iter().enumerate() {
@@ -130,6 +142,32 @@ pub fn quantize(
     })
 }
 
+/// Sparse columns are groups of neighbours, on grids that have a zero.
+fn check_sparsity(spec: &Spec, options: &Gptq, k: usize) -> Result<()> {
+    if options.sparsity.is_none() {
+        return Ok(());
+    }
+    if !k.is_multiple_of(GROUP) {
+        return Err(Error::Indivisible {
+            row: k,
+            block: GROUP,
+        });
+    }
+    if options.order != Order::Natural {
+        return Err(Error::option(
+            "order",
+            "with sparsity columns are taken four neighbours at a time; use order: :natural",
+        ));
+    }
+    if spec.zero == Zero::Float {
+        return Err(Error::option(
+            "zero_point",
+            "a float one has no code that is exactly zero, which sparsity needs; use zero_point: :integer",
+        ));
+    }
+    Ok(())
+}
+
 fn order_of(gram: &Gram, order: Order) -> Vec<u32> {
     let mut columns: Vec<u32> = (0..gram.columns() as u32).collect();
     if order == Order::Activation {
@@ -140,14 +178,14 @@ fn order_of(gram: &Gram, order: Order) -> Vec<u32> {
 }
 
 fn assemble(
-    plan: &Plan,
+    grid: &dyn Grid,
     spec: &Spec,
     w: &Tensor,
     extremes: Option<Extremes>,
     (codes, scales, zeros): (&[u8], &[f32], &[f32]),
 ) -> Result<Vec<(&'static str, Tensor)>> {
     let format = spec.format()?;
-    let mut stored = plan.grid.store(codes, scales, zeros)?.into_iter();
+    let mut stored = grid.store(codes, scales, zeros)?.into_iter();
     let working = format
         .working_parts(spec, w.shape())?
         .into_iter()
@@ -164,19 +202,21 @@ fn assemble(
 }
 
 /// What all stripes share.
-struct Plan<'a> {
-    grid: &'a dyn Grid,
+pub(super) struct Plan<'a> {
+    pub grid: &'a dyn Grid,
     /// Columns that share a scale.
-    block: usize,
+    pub block: usize,
     /// Blocks are of columns in the order in which they are rounded.
-    by_order: bool,
+    pub by_order: bool,
     /// Scales are chosen when a block is reached.
-    dynamic: bool,
+    pub dynamic: bool,
+    /// What says which two of four columns become zeros, if any do.
+    pub importance: Option<Importance>,
 }
 
 /// Rows on their way through the columns. Buffers have a panel of [`WIDE`] rows
 /// after the other, in each of them a line of `WIDE` for every column.
-struct Stripe<'a> {
+pub(super) struct Stripe<'a> {
     plan: &'a Plan<'a>,
     factor: &'a Factor,
     rows: usize,
@@ -188,7 +228,7 @@ struct Stripe<'a> {
 }
 
 impl<'a> Stripe<'a> {
-    fn new(
+    pub fn new(
         plan: &'a Plan<'a>,
         factor: &'a Factor,
         w: &[f32],
@@ -222,8 +262,9 @@ impl<'a> Stripe<'a> {
         self.factor.columns()
     }
 
-    /// Writes the codes of all rows, in the order of the tensor.
-    fn round(mut self, codes: &mut [u8], cancel: &Cancel) -> Result<()> {
+    /// Rounds all columns: `write` gets the code and the value of every element,
+    /// with its place in the tensor's rows.
+    pub fn round(mut self, mut write: impl FnMut(usize, u8, f32), cancel: &Cancel) -> Result<()> {
         let k = self.columns();
         // One by one where scales are known, so that less is kept on the way.
         let step = if self.plan.dynamic {
@@ -239,7 +280,7 @@ impl<'a> Stripe<'a> {
             if self.plan.dynamic {
                 self.choose_scales(first, last, &sums)?;
             }
-            self.round_columns(first, last, &mut sums, codes);
+            self.round_columns(first, last, &mut sums, &mut write);
         }
         Ok(())
     }
@@ -267,17 +308,12 @@ impl<'a> Stripe<'a> {
         let mut x = vec![0f32; self.rows.next_multiple_of(WIDE) * block];
         for p in 0..self.panels {
             let mut sums = sums[p * height..(p + 1) * height].to_vec();
-            // Minus the errors that would leave no output error.
-            let mut free = vec![0f32; height];
-            let w = &self.e[p * k * WIDE..];
-            self.walk(first, last, &mut sums, &mut free, |j, sums, free| {
-                let inverse = self.factor.inverse_diagonal[j];
-                let at = (j - first) * WIDE;
+            let mut errors = self.e[(p * k + first) * WIDE..(p * k + last) * WIDE].to_vec();
+            self.walk(first, last, &mut sums, &mut errors, |j, free, values| {
                 for lane in 0..WIDE {
-                    let change = sums[lane] * inverse;
-                    free[lane] = -change;
-                    x[(p * WIDE + lane) * block + at / WIDE] = w[j * WIDE + lane] + change;
+                    x[(p * WIDE + lane) * block + j - first] = free[lane];
                 }
+                *values = *free;
             });
         }
         let mut scales = vec![0f32; self.rows];
@@ -297,16 +333,18 @@ impl<'a> Stripe<'a> {
         Ok(())
     }
 
-    /// Goes through columns `first .. last` of one panel: `each` reads the sums
-    /// of a column and writes its error, which counts in the sums after it.
+    /// Goes through columns `first .. last` of one panel. `errors` holds their
+    /// weights; `each` gets what those of a column would best be now, and says
+    /// what they become. Their errors count in the sums after it.
     fn walk(
         &self,
         first: usize,
         last: usize,
         sums: &mut [f32],
         errors: &mut [f32],
-        mut each: impl FnMut(usize, &[f32], &mut [f32]),
+        mut each: impl FnMut(usize, &[f32; WIDE], &mut [f32; WIDE]),
     ) {
+        let mut kept = [u8::MAX; WIDE];
         for at in (first..last).step_by(NARROW) {
             let r = &self.factor.panels[at / NARROW];
             let (before, here) = errors.split_at_mut((at - first) * WIDE);
@@ -318,9 +356,31 @@ impl<'a> Stripe<'a> {
             });
             let width = NARROW.min(last - at);
             for j in 0..width {
-                let (sum, later) = c[j * WIDE..].split_at_mut(WIDE);
+                let later = j * WIDE..;
+                if let Some(importance) = &self.plan.importance
+                    && j % GROUP == 0
+                {
+                    kept = importance.masks(
+                        self.factor,
+                        at + j,
+                        &here[later.clone()],
+                        &c[later.clone()],
+                    );
+                }
+                let (sum, later) = c[later].split_at_mut(WIDE);
                 let error = &mut here[j * WIDE..(j + 1) * WIDE];
-                each(at + j, sum, error);
+                let inverse = self.factor.inverse_diagonal[at + j];
+                let (mut x, mut values) = ([0f32; WIDE], [0f32; WIDE]);
+                for lane in 0..WIDE {
+                    x[lane] = match kept[lane] >> (j % GROUP) & 1 {
+                        0 => 0.0,
+                        _ => error[lane] + sum[lane] * inverse,
+                    };
+                }
+                each(at + j, &x, &mut values);
+                for (error, value) in error.iter_mut().zip(values) {
+                    *error -= value;
+                }
                 for (i, y) in later.chunks_exact_mut(WIDE).take(width - j - 1).enumerate() {
                     let a = r[(at + j) * NARROW + j + 1 + i];
                     dispatch(Axpy { a, x: error, y });
@@ -330,7 +390,13 @@ impl<'a> Stripe<'a> {
     }
 
     /// Rounds columns `first .. last`; weights become errors.
-    fn round_columns(&mut self, first: usize, last: usize, sums: &mut [f32], codes: &mut [u8]) {
+    fn round_columns(
+        &mut self,
+        first: usize,
+        last: usize,
+        sums: &mut [f32],
+        write: &mut impl FnMut(usize, u8, f32),
+    ) {
         let (k, block) = (self.columns(), self.plan.block);
         let (height, blocks) = (sums.len() / self.panels, k / block);
         for p in 0..self.panels {
@@ -338,15 +404,12 @@ impl<'a> Stripe<'a> {
             let sums = &mut sums[p * height..(p + 1) * height];
             let weights = (p * k + first) * WIDE..(p * k + last) * WIDE;
             let mut errors = self.e[weights.clone()].to_vec();
-            self.walk(first, last, sums, &mut errors, |j, sums, error| {
-                let inverse = self.factor.inverse_diagonal[j];
+            self.walk(first, last, sums, &mut errors, |j, x, values| {
                 let column = self.factor.order[j] as usize;
                 let at = if self.plan.by_order { j } else { column } / block;
-                let (mut x, mut values) = ([0f32; WIDE], [0f32; WIDE]);
                 let (mut scales, mut zeros) = ([0f32; WIDE], [0f32; WIDE]);
                 let mut rounded = [0u8; WIDE];
                 for lane in 0..rows {
-                    x[lane] = error[lane] + sums[lane] * inverse;
                     scales[lane] = self.scales[(p * WIDE + lane) * blocks + at];
                     zeros[lane] = self.zeros[(p * WIDE + lane) * blocks + at];
                 }
@@ -358,8 +421,7 @@ impl<'a> Stripe<'a> {
                     &mut values[..rows],
                 );
                 for lane in 0..rows {
-                    error[lane] -= values[lane];
-                    codes[(p * WIDE + lane) * k + column] = rounded[lane];
+                    write((p * WIDE + lane) * k + column, rounded[lane], values[lane]);
                 }
             });
             self.e[weights].copy_from_slice(&errors);

@@ -10,3 +10,4 @@ pub mod gram;
 pub mod hqq;
 pub mod input;
 pub mod mse;
+pub mod sparsity;

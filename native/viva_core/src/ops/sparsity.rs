@@ -10,7 +10,7 @@ use crate::formats::sparse24::{SPARSE24, floats};
 use crate::simd::dispatch;
 use crate::simd::sparsity::{GROUP, Pick};
 use crate::simd::stats::IsFinite;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Writes `x`, with zeros for two of every four weights of its rows, into `out`,
 /// which has exactly its size. The two with the greatest magnitudes of `scores`
@@ -22,14 +22,8 @@ use crate::tensor::Tensor;
 /// they are of one shape, `Indivisible` where rows are no whole groups,
 /// `NonFinite`, `Cancelled`.
 pub fn sparsify_into(x: &Tensor, scores: &Tensor, out: &mut [u8], cancel: &Cancel) -> Result<()> {
-    for tensor in [x, scores] {
-        if !tensor.dtype().is_float() {
-            return Err(Error::UnsupportedDtype {
-                op: "sparsify".into(),
-                dtype: tensor.dtype().name().into(),
-            });
-        }
-    }
+    check(x, out)?;
+    check_dtype(scores)?;
     if scores.shape() != x.shape() {
         return Err(Error::ShapeMismatch {
             what: "sparsify takes a score for each weight".into(),
@@ -37,15 +31,7 @@ pub fn sparsify_into(x: &Tensor, scores: &Tensor, out: &mut [u8], cancel: &Cance
             actual: scores.shape().to_vec(),
         });
     }
-    SPARSE24.check_shape(&floats(Values::Source), x.shape())?;
     let size = x.dtype().size();
-    if out.len() != x.bytes().len() {
-        return Err(Error::SizeMismatch {
-            what: "bytes of the sparse tensor".into(),
-            expected: x.bytes().len(),
-            actual: out.len(),
-        });
-    }
     let outcome = pool::run(|| {
         out.par_chunks_mut(CHUNK * size)
             .zip(x.bytes().par_chunks(CHUNK * size))
@@ -78,5 +64,30 @@ pub fn sparsify_into(x: &Tensor, scores: &Tensor, out: &mut [u8], cancel: &Cance
     match outcome {
         Err(error @ Error::NonFinite { .. }) => Err(count_non_finite(scores).unwrap_or(error)),
         other => other,
+    }
+}
+
+/// That `x` can be sparse, and `out` take it.
+pub(crate) fn check(x: &Tensor, out: &[u8]) -> Result<()> {
+    check_dtype(x)?;
+    SPARSE24.check_shape(&floats(Values::Source), x.shape())?;
+    match out.len() == x.bytes().len() {
+        true => Ok(()),
+        false => Err(Error::SizeMismatch {
+            what: "bytes of the sparse tensor".into(),
+            expected: x.bytes().len(),
+            actual: out.len(),
+        }),
+    }
+}
+
+fn check_dtype(x: &Tensor) -> Result<()> {
+    // Powers of two have no zero.
+    match x.dtype().is_float() && x.dtype() != DType::F8E8M0 {
+        true => Ok(()),
+        false => Err(Error::UnsupportedDtype {
+            op: "sparsify".into(),
+            dtype: x.dtype().name().into(),
+        }),
     }
 }
