@@ -26,6 +26,7 @@ defmodule VivaTensor do
 
   # Methods that look at activations.
   @calibrated [:awq, :gptq, :awq_gptq, :smoothquant, :rotate]
+  @calibrated_sparsity [:wanda, :sparsegpt]
 
   @doc """
   Quantizes a float tensor.
@@ -84,7 +85,9 @@ defmodule VivaTensor do
       (Ashkboos et al., 2024); with the others, `rotate: true`.
 
   `scales:` is then what `method:` is otherwise: `:rtn` or `:mse`, by which the scales
-  of blocks are chosen.
+  of blocks are chosen. With `sparsity:` `:magnitude`, `:wanda` or `:sparsegpt` those with
+  `gptq` in their name give zeros to two of every four columns on the way, as
+  `sparsify/2` says; `order:` is then `:natural`.
 
       iex> w = VivaTensor.Tensor.from_list!(for(i <- 1..4096, do: :math.sin(i)), :f32, [32, 128])
       iex> x = VivaTensor.Tensor.from_list!(for(i <- 1..4096, do: :math.cos(i)), :f32, [32, 128])
@@ -114,36 +117,15 @@ defmodule VivaTensor do
         Error.option(:quantize, "options", "expected a keyword list, got #{inspect(options)}")
 
       options[:method] in @calibrated ->
-        {seen, options} = Keyword.split(options, [:activations, :layer])
-        calibrated(tensor, format, options, seen[:activations], seen[:layer])
+        with {:ok, seen, layer, options} <- seen(:quantize, options) do
+          tensor.ref
+          |> Native.quantize_calibrated(format, options, seen, layer)
+          |> Quantized.wrap(:quantize)
+        end
 
       true ->
         tensor.ref |> Native.quantize(format, options) |> Quantized.wrap(:quantize)
     end
-  end
-
-  defp calibrated(tensor, format, options, %Tensor{} = x, nil) do
-    calibration = Calibration.new()
-
-    with :ok <- Calibration.add(calibration, "x", x) do
-      calibrated(tensor, format, options, calibration, "x")
-    end
-  end
-
-  defp calibrated(tensor, format, options, %Calibration{ref: seen}, layer)
-       when is_binary(layer) do
-    tensor.ref
-    |> Native.quantize_calibrated(format, options, seen, layer)
-    |> Quantized.wrap(:quantize)
-  end
-
-  defp calibrated(_tensor, _format, options, _seen, _layer) do
-    Error.option(
-      :quantize,
-      "activations",
-      "method #{inspect(options[:method])} looks at them: give a tensor [tokens, k], " <>
-        "or a VivaTensor.Calibration and layer: its name for this weight"
-    )
   end
 
   @doc "Like `quantize/3`, but raises `VivaTensor.Error`."
@@ -152,39 +134,69 @@ defmodule VivaTensor do
 
   @doc """
   A float tensor with zeros for two of every four weights of its rows: 2:4
-  sparsity, which `quantize(t, :sparse24)` then stores whole.
+  sparsity, which `quantize(t, :sparse24)` then stores whole, and integers with an
+  integer zero point keep.
 
-  Options: `scores:` a float tensor of the same shape, of which the two greatest
-  magnitudes of four say which weights stay; by default the tensor itself.
+  Options:
+
+    * `method:` by what the two that stay are chosen. `:magnitude` (default): their own.
+      The others look at what the weight meets, `activations:` a tensor `[tokens, k]`,
+      or a `VivaTensor.Calibration` and `layer:` a name in it. `:wanda`: magnitude times
+      the norm of the column's activations (Sun et al., 2023). `:sparsegpt`: what the
+      layer's output loses; those that stay make up for those that go (Frantar and
+      Alistarh, 2023), with `damping:` (0.01) as for `:gptq`.
+    * `scores:` with `:magnitude`, a float tensor of the same shape whose magnitudes
+      count instead of the weights' own.
 
       iex> t = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 0.75], :f32, [1, 4])
       iex> t |> VivaTensor.sparsify!() |> VivaTensor.Tensor.to_list!()
       [0.0, -1.0, 0.0, 0.75]
+      iex> x = VivaTensor.Tensor.from_list!([6, 1, 8, 1, -4, 1, 8, 1], :f32, [2, 4])
+      iex> t |> VivaTensor.sparsify!(method: :wanda, activations: x) |> VivaTensor.Tensor.to_list!()
+      [0.5, 0.0, 0.25, 0.0]
+
+      iex> t = VivaTensor.Tensor.from_list!([0.5, -1.0, 0.25, 0.75], :f32, [1, 4])
       iex> scores = VivaTensor.Tensor.from_list!([2, 0, 1, 0], :f32, [1, 4])
       iex> sparse = VivaTensor.sparsify!(t, scores: scores)
       iex> sparse |> VivaTensor.quantize!(:sparse24) |> VivaTensor.dequantize!() |> VivaTensor.Tensor.to_list!()
       [0.5, 0.0, 0.25, 0.0]
 
+  To round what stays in the same pass, so that later columns make up for both, give
+  `sparsity:` to `quantize/3`.
+
   ## Errors
 
-  `:indivisible` where four do not divide the rows, `:shape_mismatch`,
-  `:non_finite`, `:unsupported_dtype`.
+  `:invalid_option`, `:indivisible` where four do not divide the rows,
+  `:shape_mismatch`, `:non_finite`, `:unsupported_dtype`.
   """
-  @spec sparsify(Tensor.t(), scores: Tensor.t()) :: {:ok, Tensor.t()} | {:error, Error.t()}
+  @spec sparsify(Tensor.t(), keyword) :: {:ok, Tensor.t()} | {:error, Error.t()}
   def sparsify(%Tensor{ref: ref} = tensor, options \\ []) do
-    with {:ok, [%Tensor{ref: scores}]} <- take(:sparsify, options, scores: tensor) do
-      ref |> Native.tensor_sparsify(scores) |> Tensor.wrap(:sparsify)
+    if Keyword.keyword?(options) and options[:method] in @calibrated_sparsity do
+      with {:ok, seen, layer, options} <- seen(:sparsify, options) do
+        ref |> Native.sparsify_calibrated(options, seen, layer) |> Tensor.wrap(:sparsify)
+      end
     else
-      {:ok, [other]} ->
-        Error.option(:sparsify, "scores", "expected a tensor, got #{inspect(other)}")
+      defaults = [method: :magnitude, scores: tensor]
 
-      error ->
-        error
+      case take(:sparsify, options, defaults) do
+        {:ok, [:magnitude, %Tensor{ref: scores}]} ->
+          ref |> Native.tensor_sparsify(scores) |> Tensor.wrap(:sparsify)
+
+        {:ok, [:magnitude, other]} ->
+          Error.option(:sparsify, "scores", "expected a tensor, got #{inspect(other)}")
+
+        {:ok, [other, _]} ->
+          message = "expected :magnitude, :wanda or :sparsegpt, got #{inspect(other)}"
+          Error.option(:sparsify, "method", message)
+
+        error ->
+          error
+      end
     end
   end
 
   @doc "Like `sparsify/2`, but raises `VivaTensor.Error`."
-  @spec sparsify!(Tensor.t(), scores: Tensor.t()) :: Tensor.t()
+  @spec sparsify!(Tensor.t(), keyword) :: Tensor.t()
   def sparsify!(tensor, options \\ []), do: Error.bang!(sparsify(tensor, options))
 
   @doc """
@@ -380,6 +392,32 @@ defmodule VivaTensor do
   def cpu do
     {:ok, cpu} = Native.cpu()
     cpu
+  end
+
+  # What a method looks at, a calibration and the name of the layer in it, and the other
+  # options.
+  defp seen(op, options) do
+    {seen, options} = Keyword.split(options, [:activations, :layer])
+
+    case {seen[:activations], seen[:layer]} do
+      {%Tensor{} = x, nil} ->
+        calibration = Calibration.new()
+
+        with :ok <- Calibration.add(calibration, "x", x) do
+          {:ok, calibration.ref, "x", options}
+        end
+
+      {%Calibration{ref: ref}, layer} when is_binary(layer) ->
+        {:ok, ref, layer, options}
+
+      _ ->
+        Error.option(
+          op,
+          "activations",
+          "method #{inspect(options[:method])} looks at them: give a tensor [tokens, k], " <>
+            "or a VivaTensor.Calibration and layer: its name for this weight"
+        )
+    end
   end
 
   # The values of the options that an operation takes, defaults filled in.

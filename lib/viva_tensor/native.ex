@@ -35,6 +35,7 @@ defmodule VivaTensor.Native do
     tensor_output_error: [:w, :y, :x],
     tensor_release: [:tensor],
     quantize: [:tensor, :format, :options],
+    sparsify_calibrated: [:tensor, :options, :calibration, :layer],
     quantize_calibrated: [:tensor, :format, :options, :calibration, :layer],
     calibration_new: [:samples],
     calibration_add: [:calibration, :layer, :x],

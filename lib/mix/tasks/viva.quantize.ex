@@ -27,6 +27,8 @@ defmodule Mix.Tasks.Viva.Quantize do
       `examples/calibration/record.py` records it
     * `--scales rtn|mse` - how these methods choose the scales of blocks
     * `--damping 0.01`, `--order activation|natural`, `--act-order` - of gptq
+    * `--sparsity magnitude|wanda|sparsegpt` - gptq gives zeros to two of every four
+      columns on the way
     * `--no-clip` - awq scales columns only
     * `--symmetric`, `--no-symmetric` - integers without or with zero points
     * `--block-size N` - elements that share a scale

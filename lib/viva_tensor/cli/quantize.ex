@@ -15,6 +15,7 @@ defmodule VivaTensor.CLI.Quantize do
     statistics: :string,
     damping: :float,
     order: :string,
+    sparsity: :string,
     clip: :boolean,
     act_order: :boolean,
     symmetric: :boolean,
@@ -28,7 +29,7 @@ defmodule VivaTensor.CLI.Quantize do
   ]
 
   # Options whose values the library takes as atoms.
-  @names [:recipe, :format, :method, :scales, :order, :values, :layout, :non_finite]
+  @names [:recipe, :format, :method, :scales, :order, :sparsity, :values, :layout, :non_finite]
 
   @doc "Reads the flags: everything about them that needs no running application."
   @spec parse([String.t()]) :: {:ok, keyword} | :help | {:error, String.t()}

@@ -5,11 +5,12 @@ use std::sync::{Mutex, MutexGuard};
 
 use rustler::{Atom, Encoder, Env, Term};
 use viva_core::calibration::{Calibration, Statistics};
-use viva_core::method::calibrated;
+use viva_core::method::{calibrated, sparsity};
 use viva_core::ops::Cancel;
+use viva_core::tensor::Tensor;
 
 use crate::error::Outcome;
-use crate::resource::{CalibrationRef, CalibrationResource, TensorRef};
+use crate::resource::{CalibrationRef, CalibrationResource, TensorRef, tensor_from_binary};
 use crate::terms::{self, Name, Options};
 
 fn resource(calibration: Calibration) -> CalibrationRef {
@@ -95,4 +96,25 @@ fn quantize_calibrated<'a>(
     let tensor = tensor.0.get()?;
     let q = calibrated::quantize_calibrated(&tensor, &spec, &statistics, &how, &Cancel::new())?;
     Ok(terms::quantized(env, q)?)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn sparsify_calibrated<'a>(
+    env: Env<'a>,
+    tensor: TensorRef,
+    options: Options,
+    calibration: CalibrationRef,
+    layer: String,
+) -> Outcome<Term<'a>> {
+    let how = sparsity::resolve(options.0)?;
+    let statistics = lock(&calibration).layer(&layer)?;
+    let w = tensor.0.get()?;
+    let len = w.bytes().len();
+    let result = tensor_from_binary(
+        env,
+        len,
+        |bytes| Tensor::new(w.dtype(), w.shape().to_vec(), bytes, 0..len),
+        |out| sparsity::sparsify_into(&w, &how, &statistics, out, &Cancel::new()),
+    )?;
+    Ok(terms::tensor(env, result))
 }
