@@ -41,6 +41,16 @@ defmodule VivaTensor.DocsTest do
     {binding, env}
   end
 
+  # Indented commands of the README that print what follows them.
+  for command <- ["mix viva.plan llama-7b llama-13b llama-30b llama-70b --vram 24GB"] do
+    test "the README shows what #{command} prints" do
+      ["mix", _task | argv] = String.split(unquote(command))
+      assert {0, printed, ""} = VivaTensor.Test.Task.run(Mix.Tasks.Viva.Plan, argv)
+      shown = Regex.replace(~r/^(?=.)/m, unquote(command) <> "\n\n" <> printed, "    ")
+      assert File.read!("README.md") =~ shown
+    end
+  end
+
   test "every page about formats has an example" do
     for page <- Path.wildcard("docs/formats/*.md") do
       assert [_ | _] = page |> File.read!() |> examples(), page

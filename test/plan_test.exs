@@ -1,8 +1,9 @@
 defmodule PlanTest do
-  use ExUnit.Case, async: true
+  # The task writes to standard output.
+  use ExUnit.Case, async: false
 
-  alias VivaTensor.{Checkpoint, Job, Plan}
-  alias VivaTensor.Test.Directory
+  alias VivaTensor.{Checkpoint, Job, Native, Plan}
+  alias VivaTensor.Test.{Directory, Task}
 
   doctest VivaTensor.Plan
   doctest VivaTensor.CLI.Plan
@@ -50,6 +51,25 @@ defmodule PlanTest do
   end
 
   defp from_headers, do: Plan.estimate!(@model, context: 100, batch: 2, budget: 3_000_000)
+
+  test "the task shows several models side by side, and one alone" do
+    argv = ["llama-7b", "llama-13b", "--context", "100", "--batch", "2", "--vram", "14GB"]
+    assert {0, stdout, ""} = Task.run(Mix.Tasks.Viva.Plan, argv)
+    assert stdout =~ "keys and values of 100 positions x 2; * fits in 14.00 GB"
+    assert stdout =~ ~r/^format +llama-7b +llama-13b$/m
+    assert stdout =~ ~r/^int8 +7\.\d\d GB \* +13\.\d\d GB \*$/m
+    assert stdout =~ ~r/^bf16 +13\.\d\d GB \* +26\.\d\d GB$/m
+
+    assert {0, stdout, ""} = Task.run(Mix.Tasks.Viva.Plan, argv ++ ["--json"])
+    {:ok, [small, large]} = Native.json_decode(stdout)
+    assert {small["model"], large["model"]} == {"llama-7b", "llama-13b"}
+
+    assert {0, stdout, ""} = Task.run(Mix.Tasks.Viva.Plan, ["llama-7b", "--json"])
+    assert {:ok, %{"model" => "llama-7b", "budget" => nil}} = Native.json_decode(stdout)
+    assert {3, "", stderr} = Task.run(Mix.Tasks.Viva.Plan, ["llama-7b", "no/such/model"])
+    assert stderr =~ "no/such/model"
+    assert {2, "", _} = Task.run(Mix.Tasks.Viva.Plan, [])
+  end
 
   test "what cannot be estimated is said" do
     directory = Directory.create!()

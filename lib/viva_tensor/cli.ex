@@ -96,9 +96,10 @@ defmodule VivaTensor.CLI do
     case {op, reason} do
       {_, {:cancelled, _}} -> 130
       {:output, _} -> 4
-      {:source, _} -> 3
+      {kind, _} when kind in [:source, :open, :load] -> 3
       {kind, _} when kind in [:recipe, :conversion] -> 2
       {_, {:invalid_option, _}} -> 2
+      {:compare, {:unknown_tensor, _}} -> 2
       {:unit, {:invalid_file, _}} -> 3
       {:unit, {:io, _}} -> 4
       _ -> 1

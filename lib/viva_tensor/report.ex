@@ -315,9 +315,10 @@ defmodule VivaTensor.Report do
     end
   end
 
+  @doc false
   # SQNR of all weights together: the energies of signals and errors add up. A
   # tensor without error adds no noise, and no figure tells its energy.
-  defp sqnr_db(rows) do
+  def sqnr_db(rows) do
     rows = Enum.filter(rows, &(is_number(&1[:sqnr_db]) and &1.mse > 0))
     noise = rows |> Enum.map(&(&1.mse * &1.elements)) |> Enum.sum()
 

@@ -12,14 +12,13 @@ defmodule VivaTensor.CLI.Plan do
   Reads the flags.
 
       iex> VivaTensor.CLI.Plan.parse(["llama-7b", "--vram", "24GB"])
-      {:ok, [model: "llama-7b", budget: "24GB"]}
+      {:ok, [models: ["llama-7b"], budget: "24GB"]}
   """
   @spec parse([String.t()]) :: {:ok, keyword} | :help | {:error, String.t()}
   def parse(argv) do
     case CLI.parse(argv, @switches) do
-      {:ok, flags, [model]} -> {:ok, [model: model] ++ for({k, v} <- flags, do: {key(k), v})}
       {:ok, _flags, []} -> {:error, "which MODEL?"}
-      {:ok, _flags, [_, extra | _]} -> {:error, "one MODEL at a time; what is #{inspect(extra)}?"}
+      {:ok, flags, models} -> {:ok, [models: models] ++ for({k, v} <- flags, do: {key(k), v})}
       other -> other
     end
   end
@@ -27,15 +26,15 @@ defmodule VivaTensor.CLI.Plan do
   defp key(:vram), do: :budget
   defp key(key), do: key
 
-  @doc "Prints the estimate. The application must be started."
+  @doc "Prints the estimates. The application must be started."
   @spec run(keyword) :: CLI.exit_code()
   def run(flags) do
-    {[model: model], options} = Keyword.split(flags, [:model])
+    {[models: models], options} = Keyword.split(flags, [:models])
     {json, options} = Keyword.pop(options, :json, false)
 
-    case Plan.estimate(model, options) do
-      {:ok, plan} when json -> IO.puts(CLI.json(Map.from_struct(plan)))
-      {:ok, plan} -> IO.write(text(plan))
+    case estimates(models, options) do
+      {:ok, plans} when json -> plans |> to_data() |> CLI.json() |> IO.puts()
+      {:ok, plans} -> IO.write(text(plans))
       {:error, error} -> throw({:failed, CLI.failure(@task, error, json: json)})
     end
 
@@ -44,7 +43,19 @@ defmodule VivaTensor.CLI.Plan do
     {:failed, code} -> code
   end
 
-  defp text(plan) do
+  defp estimates(models, options) do
+    Enum.reduce_while(models, {:ok, []}, fn model, {:ok, plans} ->
+      case Plan.estimate(model, options) do
+        {:ok, plan} -> {:cont, {:ok, plans ++ [plan]}}
+        error -> {:halt, error}
+      end
+    end)
+  end
+
+  defp to_data([plan]), do: Map.from_struct(plan)
+  defp to_data(plans), do: Enum.map(plans, &Map.from_struct/1)
+
+  defp text([plan]) do
     columns = [
       {"format", :left},
       {"layout", :left},
@@ -63,6 +74,36 @@ defmodule VivaTensor.CLI.Plan do
       Table.text(columns ++ fits, for(row <- plan.rows, do: cells(row, plan.budget)))
     ]
   end
+
+  # One column for each model.
+  defp text([plan | _] = plans) do
+    columns = [{"format", :left} | for(plan <- plans, do: {plan.model, :right})]
+
+    [
+      "Weights, with keys and values of #{plan.context} positions",
+      if(plan.batch > 1, do: " x #{plan.batch}", else: ""),
+      if(plan.budget, do: "; * fits in #{Size.format(plan.budget)}", else: ""),
+      "\n\n",
+      Table.text(
+        columns,
+        for rows <- plans |> Enum.map(& &1.rows) |> Enum.zip_with(& &1) do
+          [name(rows) | Enum.map(rows, &total/1)]
+        end
+      )
+    ]
+  end
+
+  # Models as they are may be of several dtypes.
+  defp name(rows) do
+    case rows |> Enum.map(& &1.name) |> Enum.uniq() do
+      [name] -> name
+      names -> Enum.join(names, ", ")
+    end
+  end
+
+  defp total(%{total_bytes: bytes, fits: nil}), do: Size.format(bytes)
+  defp total(%{total_bytes: bytes, fits: true}), do: Size.format(bytes) <> " *"
+  defp total(%{total_bytes: bytes, fits: false}), do: Size.format(bytes) <> "  "
 
   defp cells(row, budget) do
     [
