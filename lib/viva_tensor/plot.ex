@@ -261,7 +261,7 @@ defmodule VivaTensor.Plot do
     text(Float.round(x / 1, 2), Float.round(y / 1, 2), anchor, class, point.label)
   end
 
-  defp width(text), do: @character * String.length(text)
+  defp width(text), do: round(@character * String.length(text))
 
   defp text(x, y, anchor, class, text) do
     ~s(<text x="#{x}" y="#{y}" text-anchor="#{anchor}" class="#{class}">#{escape(text)}</text>\n)
