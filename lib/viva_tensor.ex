@@ -87,7 +87,8 @@ defmodule VivaTensor do
   `scales:` is then what `method:` is otherwise: `:rtn` or `:mse`, by which the scales
   of blocks are chosen. With `sparsity:` `:magnitude`, `:wanda` or `:sparsegpt` those with
   `gptq` in their name give zeros to two of every four columns on the way, as
-  `sparsify/2` says; `order:` is then `:natural`.
+  `sparsify/2` says; `order:` is then `:natural`. `:sparse24` of `:int8` or `:fp8_e4m3`
+  needs it.
 
       iex> w = VivaTensor.Tensor.from_list!(for(i <- 1..4096, do: :math.sin(i)), :f32, [32, 128])
       iex> x = VivaTensor.Tensor.from_list!(for(i <- 1..4096, do: :math.cos(i)), :f32, [32, 128])

@@ -60,6 +60,16 @@ defmodule VivaTensor.SparsityTest do
     assert wanda > magnitude and sparsegpt > magnitude + 1
   end
 
+  test "one pass into sparse24 is one pass into its values", c do
+    options = [method: :gptq, sparsity: :sparsegpt, activations: c.seen]
+    q = VivaTensor.quantize!(c.w, :sparse24, [values: :int8] ++ options)
+    dense = VivaTensor.quantize!(c.w, :int8, options)
+    [a, b] = for q <- [q, dense], do: q |> VivaTensor.dequantize!() |> Tensor.to_list!()
+    assert a == b
+    # Half the codes, and a bit a weight.
+    assert_in_delta dense.bits_per_weight - q.bits_per_weight, 3.0, 0.01
+  end
+
   test "integers keep the zeros of a sparse tensor", c do
     sparse = VivaTensor.sparsify!(c.w, method: :sparsegpt, activations: c.seen)
 
@@ -110,6 +120,15 @@ defmodule VivaTensor.SparsityTest do
           {[method: :awq, sparsity: :wanda], "sparsity"}
         ] do
       assert {:error, %Error{reason: reason}} = VivaTensor.quantize(c.w, :int4, options ++ seen)
+      assert {:invalid_option, %{option: ^option}} = reason
+    end
+
+    for {options, option} <- [
+          {[values: :int8], "sparsity"},
+          {[values: :bf16, sparsity: :sparsegpt], "values"}
+        ] do
+      options = [method: :gptq] ++ options ++ seen
+      assert {:error, %Error{reason: reason}} = VivaTensor.quantize(c.w, :sparse24, options)
       assert {:invalid_option, %{option: ^option}} = reason
     end
 

@@ -340,7 +340,7 @@ pub trait Format: Send + Sync {
         Err(Error::option(
             "method",
             format!(
-                "gptq rounds to integers, nf4, fp4, fp8, mxfp4, mxfp8 and nvfp4, not {}",
+                "gptq rounds to integers, nf4, fp4, fp8, mxfp4, mxfp8, nvfp4 and sparse24, not {}",
                 spec.format
             ),
         ))
@@ -364,6 +364,11 @@ pub trait Grid: Sync {
     /// The bytes of the working parts, in their order, from one code a byte and
     /// the scales and zero points of all blocks; [`Format::finish`] has the rest.
     fn store(&self, codes: &[u8], scales: &[f32], zeros: &[f32]) -> Result<Vec<Vec<u8>>>;
+
+    /// Whether two of every four codes have to be zeros.
+    fn two_of_four(&self) -> bool {
+        false
+    }
 }
 
 /// Reads elements back.

@@ -8,7 +8,7 @@ use support::{
 };
 use viva_core::calibration::{SAMPLES, Statistics};
 use viva_core::error::{Error, Result};
-use viva_core::format::{Quantized, Scale, Spec, Zero};
+use viva_core::format::{Quantized, Scale, Spec, Values, Zero};
 use viva_core::method::calibrated::{Calibrated, Scaling, quantize_calibrated};
 use viva_core::method::gptq::{Gptq, Order};
 use viva_core::method::sparsity::{Sparsify, Sparsity, resolve, sparsify_into};
@@ -313,7 +313,7 @@ fn zeros_of_every_grid_are_zeros() {
         for sparsity in ALL {
             let how = gptq(Some(sparsity));
             let q = quantize_calibrated(&w, &spec, &s, &how, &Cancel::new());
-            let gridless = ["q", "iq", "dynamic8", "sparse24"]
+            let gridless = ["q", "iq", "dynamic8"]
                 .iter()
                 .any(|p| spec.format.starts_with(p));
             match q {
@@ -328,12 +328,41 @@ fn zeros_of_every_grid_are_zeros() {
                 Err(Error::Indivisible { .. }) => {
                     assert!(k % spec.block_len(&[n, k]) != 0, "{spec:?}");
                 }
+                Err(Error::InvalidOption { option, .. }) if spec.format == "sparse24" => {
+                    assert!(
+                        option == "values"
+                            && ![Values::Int8, Values::Fp8E4m3].contains(&spec.values)
+                    );
+                }
                 Err(error) => assert!(gridless || absmax_rule, "{spec:?}: {error}"),
             }
         }
     }
     println!("{grids} grids, {integers} of integers");
     assert!(grids >= 60 && integers >= 15);
+}
+
+/// What is stored half is what is stored whole: the same scales and the same codes.
+#[test]
+fn one_pass_into_sparse24_keeps_what_the_values_format_finds() {
+    let (n, k) = (70, 100);
+    let s = statistics(&activations(150, k, 32), k);
+    let w = f32_tensor(&[n, k], &gaussian(n * k, 33));
+    for format in ["int8", "fp8_e4m3"] {
+        for block in ["row", "tensor"] {
+            let block = ("block_size", name(block));
+            let dense = make(format, std::slice::from_ref(&block));
+            let half = make("sparse24", &[("values", name(format)), block]);
+            let q = joint(&w, &half, &s, Sparsity::Sparsegpt);
+            let expected = values(&joint(&w, &dense, &s, Sparsity::Sparsegpt));
+            assert_eq!(values(&q), expected, "{half:?}");
+            let refused = quantize_calibrated(&w, &half, &s, &gptq(None), &Cancel::new());
+            assert!(matches!(
+                refused,
+                Err(Error::InvalidOption { option, .. }) if option == "sparsity"
+            ));
+        }
+    }
 }
 
 #[test]

@@ -22,11 +22,13 @@
 //! compressed-tensors makes it of pruned and quantized weights: it moves zeros
 //! only, and a tensor that has two zeros in every group keeps all its numbers.
 
+mod grid;
+
 use super::{fp8, int};
 use crate::error::{Error, Result};
 use crate::format::{
-    Decode, Extremes, Format, Granularity, Input, Method, OptionValue, Options, Part, Quantized,
-    Scale, Spec, Values, Zero,
+    Decode, Extremes, Format, Granularity, Grid, Input, Method, OptionValue, Options, Part,
+    Quantized, Scale, Spec, Values, Zero,
 };
 use crate::simd::int::decode_run;
 use crate::simd::sparsity::{GROUP, PLACES, Pick, expand, mask, pick};
@@ -238,19 +240,10 @@ impl Format for Sparse24 {
                 // The greatest magnitudes stay, so the extremes are those of
                 // what is kept.
                 format.encode(&inner(spec, format), block_len / 2, extremes, &kept, parts)?;
-                // Of 8-bit floats too it takes the bits for integers, whose
-                // least is a negative zero.
-                settle(&mut masks, parts[0], |[b]| {
-                    i32::from((b as i8).wrapping_abs())
-                });
+                settle(&mut masks, parts[0], size_of);
             }
         }
-        let rows = masks.chunks(block_len / GROUP);
-        for (masks, row) in rows.zip(bitmask.chunks_mut(mask_len(block_len))) {
-            for (pair, byte) in masks.chunks(2).zip(row) {
-                *byte = pair[0] | pair.get(1).copied().unwrap_or(0) << 4;
-            }
-        }
+        pack(&masks, block_len, bitmask);
         Ok(())
     }
 
@@ -286,6 +279,14 @@ impl Format for Sparse24 {
         Ok(())
     }
 
+    fn grid<'a>(
+        &'a self,
+        spec: &'a Spec,
+        extremes: Option<Extremes>,
+    ) -> Result<Box<dyn Grid + 'a>> {
+        Ok(Box::new(grid::SparseGrid::new(spec, extremes)?))
+    }
+
     fn decoder<'a>(&'a self, q: &'a Quantized) -> Result<Box<dyn Decode + 'a>> {
         let (codes, scales) = match Kept::of(q.spec.values) {
             Kept::Floats(_) => (q.part("values")?, None),
@@ -298,6 +299,22 @@ impl Format for Sparse24 {
             shared: q.spec.granularity == Granularity::Tensor,
             bitmask: q.part("bitmask")?.bytes(),
         }))
+    }
+}
+
+/// By what codes are compared. Of 8-bit floats too it takes the bits for integers,
+/// whose least is a negative zero.
+fn size_of([code]: [u8; 1]) -> i32 {
+    i32::from((code as i8).wrapping_abs())
+}
+
+/// The bitmask of whole rows, from one mask a byte.
+fn pack(masks: &[u8], row: usize, bitmask: &mut [u8]) {
+    let rows = masks.chunks(row / GROUP);
+    for (masks, row) in rows.zip(bitmask.chunks_mut(mask_len(row))) {
+        for (pair, byte) in masks.chunks(2).zip(row) {
+            *byte = pair[0] | pair.get(1).copied().unwrap_or(0) << 4;
+        }
     }
 }
 

@@ -89,10 +89,10 @@ pub fn quantize(
     if k % block != 0 {
         return Err(Error::Indivisible { row: k, block });
     }
-    check_sparsity(spec, options, k)?;
     quantize::check_floats(w)?;
     let extremes = quantize::needed_extremes(w, spec, cancel)?;
     let grid = &*format.grid(spec, extremes)?;
+    check_sparsity(grid, spec, options, k)?;
     let order = order_of(gram, options.order);
     let (codes, scales, zeros) = pool::run(|| {
         let factor = Factor::new(gram, order.clone(), options.damping, cancel)?;
@@ -143,9 +143,18 @@ pub fn quantize(
 }
 
 /// Sparse columns are groups of neighbours, on grids that have a zero.
-fn check_sparsity(spec: &Spec, options: &Gptq, k: usize) -> Result<()> {
+fn check_sparsity(grid: &dyn Grid, spec: &Spec, options: &Gptq, k: usize) -> Result<()> {
     if options.sparsity.is_none() {
-        return Ok(());
+        return match grid.two_of_four() {
+            false => Ok(()),
+            true => Err(Error::option(
+                "sparsity",
+                format!(
+                    "{} keeps two of four weights; say which, by sparsity: :sparsegpt for instance",
+                    spec.format
+                ),
+            )),
+        };
     }
     if !k.is_multiple_of(GROUP) {
         return Err(Error::Indivisible {
