@@ -4,7 +4,10 @@
 mod support;
 
 use support::{gaussian, int, make, name, on_every_level, quantized, yes};
+use viva_core::calibration::{SAMPLES, Statistics};
 use viva_core::format::{OptionValue, Spec};
+use viva_core::method::calibrated;
+use viva_core::method::sparsity::{Sparsify, Sparsity, sparsify_into};
 use viva_core::ops::dequantize::dequantize;
 use viva_core::ops::{Cancel, dump, matmul, metrics, pool};
 use viva_core::tensor::{DType, Tensor};
@@ -157,6 +160,41 @@ fn mse_survives_magnitudes_whose_squares_do_not_fit() {
     );
 }
 
+/// What methods that see activations make of rows of several stripes, from sums over
+/// several passes.
+fn by_activations() -> Vec<Vec<u8>> {
+    let (n, k, cancel) = (150, 256, Cancel::new());
+    let mut x = gaussian(600 * k, 5);
+    for i in 1..x.len() {
+        x[i] += 0.5 * x[i - 1];
+    }
+    let x = support::f32_tensor(&[600, k], &x);
+    let s = Statistics::of(&x, SAMPLES, &cancel).unwrap();
+    let w = support::f32_tensor(&[n, k], &gaussian(n * k, 6));
+    let mut all = Vec::new();
+    for sparsity in Sparsity::ALL {
+        let how = Sparsify {
+            sparsity,
+            damping: 0.01,
+        };
+        let mut out = vec![0u8; w.bytes().len()];
+        sparsify_into(&w, &how, &s, &mut out, &cancel).unwrap();
+        all.push(out);
+    }
+    let quantize = |options: &[(&str, OptionValue)]| {
+        let options = options.iter().map(|(n, v)| (n.to_string(), v.clone()));
+        let (spec, how) = calibrated::resolve("int4", options.collect()).unwrap();
+        let q = calibrated::quantize_calibrated(&w, &spec, &s, &how, &cancel).unwrap();
+        dump::dump(&q).unwrap()
+    };
+    for method in calibrated::METHODS {
+        all.push(quantize(&[("method", name(method)), ("rotate", yes(true))]));
+    }
+    let one_pass = [("method", name("gptq")), ("sparsity", name("sparsegpt"))];
+    all.push(quantize(&one_pass));
+    all
+}
+
 #[test]
 fn any_number_of_threads_gives_the_same_bytes() {
     // Rows of many chunks, blocks that chunks do not end on, an odd count.
@@ -184,6 +222,7 @@ fn any_number_of_threads_gives_the_same_bytes() {
                 }
             }
         }
+        all.extend(by_activations());
         if first.is_empty() {
             first = all;
         } else {
