@@ -44,33 +44,50 @@ impl Op for Measure<'_> {
             for (wide, x) in wide.iter_mut().zip(x) {
                 *wide = f64::from(*x);
             }
-            let rows = self.w.chunks_exact(self.k).zip(self.e.chunks_exact(self.k));
-            for (w, e) in rows {
-                let (output, error) = (dot(&wide, w), dot(&wide, e));
+            let mut add = |output: f64, error: f64| {
                 sums.output += output * output;
                 sums.error += error * error;
+            };
+            let pairs = self.w.chunks(2 * self.k).zip(self.e.chunks(2 * self.k));
+            for (w, e) in pairs {
+                let (w, next_w) = w.split_at(self.k);
+                let (e, next_e) = e.split_at(self.k);
+                if next_w.is_empty() {
+                    let [output, error] = dots(&wide, [w, e]);
+                    add(output, error);
+                } else {
+                    let [output, error, next_output, next_error] =
+                        dots(&wide, [w, e, next_w, next_e]);
+                    add(output, error);
+                    add(next_output, next_error);
+                }
             }
         }
         sums
     }
 }
 
-/// Multiplied and added one after the other, never fused: the same bits on every
-/// level.
+/// Several at once, so that no sum waits for the one before. Multiplied and added
+/// one after the other, never fused: the same bits on every level.
 #[inline(always)]
-fn dot(x: &[f64], y: &[f64]) -> f64 {
-    let mut sums = [0f64; SUMS];
+fn dots<const R: usize>(x: &[f64], rows: [&[f64]; R]) -> [f64; R] {
+    let mut sums = [[0f64; SUMS]; R];
     let (xs, x_tail) = x.as_chunks::<SUMS>();
-    let (ys, y_tail) = y.as_chunks::<SUMS>();
-    for (x, y) in xs.iter().zip(ys) {
-        for i in 0..SUMS {
-            sums[i] += x[i] * y[i];
+    let chunks = rows.map(|row| &row.as_chunks::<SUMS>().0[..xs.len()]);
+    for (c, x) in xs.iter().enumerate() {
+        for (sums, row) in sums.iter_mut().zip(chunks) {
+            for i in 0..SUMS {
+                sums[i] += x[i] * row[c][i];
+            }
         }
     }
-    for ((sum, x), y) in sums.iter_mut().zip(x_tail).zip(y_tail) {
-        *sum += x * y;
+    for (sums, row) in sums.iter_mut().zip(rows) {
+        let tail = &row[xs.len() * SUMS..];
+        for ((sum, x), y) in sums.iter_mut().zip(x_tail).zip(tail) {
+            *sum += x * y;
+        }
     }
-    sums.iter().sum()
+    sums.map(|sums| sums.iter().sum())
 }
 
 /// ‖X·Wᵀ − X·Ŵᵀ‖ / ‖X·Wᵀ‖ for activations X `[…, k]`, a weight W `[n, k]` and what
