@@ -8,7 +8,7 @@ defmodule VivaTensor.CLI do
   | 0 | done |
   | 1 | the job failed: a weight with NaN or infinities, a worker that kept dying |
   | 2 | wrong usage: an unknown flag, format or option |
-  | 3 | the source cannot be read, or is not what it claims to be |
+  | 3 | the source or the statistics cannot be read, or are not what they claim to be |
   | 4 | the target exists, cannot be written, or the disk is full |
   | 130 | cancelled |
   """
@@ -96,7 +96,7 @@ defmodule VivaTensor.CLI do
     case {op, reason} do
       {_, {:cancelled, _}} -> 130
       {:output, _} -> 4
-      {kind, _} when kind in [:source, :open, :load] -> 3
+      {kind, _} when kind in [:source, :statistics, :open, :load] -> 3
       {kind, _} when kind in [:recipe, :conversion] -> 2
       {_, {:invalid_option, _}} -> 2
       {:compare, {:unknown_tensor, _}} -> 2

@@ -33,6 +33,7 @@ defmodule VivaTensor.Error do
   | `:unknown_tensor` | `name`, `hint` |
   | `:io` | `path`, `code` (`"enospc"`, `"eacces"`, `"enoent"` …), `message` |
   | `:cancelled` | |
+  | `:missing_statistics` | `layers` |
   | `:already_quantized` | `quant_method` |
   | `:worker_crashed` | `work`, `attempts`, `reason` |
   | `:timeout` | `milliseconds` |

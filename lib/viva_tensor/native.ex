@@ -44,6 +44,11 @@ defmodule VivaTensor.Native do
     calibration_load: [:path],
     calibration_layers: [:calibration],
     calibration_samples: [:calibration, :layer],
+    observed_copy: [:calibration],
+    observed_open: [:path],
+    observed_layers: [:observed],
+    fold_groups: [:checkpoint, :spec, :quantized],
+    fold_search: [:observed, :checkpoint, :spec, :group, :cancel],
     dequantize: [:quantized, :dtype],
     matmul: [:x, :quantized, :dtype, :compute],
     quantized_metrics: [:x, :quantized],
@@ -74,8 +79,8 @@ defmodule VivaTensor.Native do
     shard_index: [:shards],
     plan_shards: [:sizes, :max_shard_size],
     shard_name: [:index, :count],
-    unit_quantize: [:checkpoint, :name, :spec, :shard, :cancel],
-    unit_keep: [:checkpoint, :name, :spec, :shard, :cancel],
+    unit_quantize: [:checkpoint, :name, :spec, :observed, :shard, :cancel],
+    unit_keep: [:checkpoint, :name, :spec, :observed, :shard, :cancel],
     unit_convert: [:checkpoint, :name, :conversion, :shard, :cancel]
   ]
 

@@ -27,12 +27,14 @@ defmodule VivaTensor.Report do
     :sqnr_db,
     :worst,
     :bytes_per_second,
-    :versions
+    :versions,
+    :statistics
   ]
 
   @typedoc """
-  One tensor. `format` is what it was quantized to; `reason` says why it was kept, or
-  has another format than the recipe's; what comes after `elements` belongs to
+  One tensor. `format` is what it was quantized to; `reason` says why it was kept,
+  has another format than the recipe's, or goes without the scales of its method, and
+  that a kept one was divided by the scales of the layers after it; what comes after `elements` belongs to
   quantized tensors. A figure that no number can tell is `nil`: `sqnr_db` where
   there is no error, `cosine` where all is zero.
 
@@ -87,7 +89,8 @@ defmodule VivaTensor.Report do
           worst: %{name: String.t(), sqnr_db: float} | nil,
           seconds: float,
           bytes_per_second: float,
-          versions: %{atom => String.t()}
+          versions: %{atom => String.t()},
+          statistics: %{file: Path.t() | nil, layers: pos_integer, tokens: non_neg_integer} | nil
         }
 
   @doc "Adds the totals to what a job collected."
@@ -207,8 +210,15 @@ defmodule VivaTensor.Report do
         "quantized  nothing\n"
       end,
       "kept       #{report.kept} tensors\n",
+      seen(report.statistics),
       time(report)
     ]
+  end
+
+  defp seen(nil), do: ""
+
+  defp seen(seen) do
+    "statistics #{seen.file || "in memory"}: #{seen.layers} layers, #{seen.tokens} rows each\n"
   end
 
   defp sizes(report) do

@@ -67,7 +67,8 @@ defmodule Mix.Tasks.Viva.Quantize do
     * 0 - done
     * 1 - the job failed: a weight with NaN or infinities, a worker that kept dying
     * 2 - wrong usage: an unknown flag, format or option
-    * 3 - SOURCE cannot be read, or is not what it claims to be
+    * 3 - SOURCE or the statistics cannot be read, are not what they claim to be, or
+      lack a layer
     * 4 - DIR exists, cannot be written, or the disk is full
     * 130 - cancelled
   """

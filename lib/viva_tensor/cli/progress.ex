@@ -47,6 +47,7 @@ defmodule VivaTensor.CLI.Progress do
   """
   @spec line(map) :: String.t()
   def line(%{state: :planning}), do: "reading the source"
+  def line(%{state: :scaling}), do: "choosing the scales of columns"
 
   def line(status) do
     "#{status.tensors_done}/#{status.tensors} tensors  " <>

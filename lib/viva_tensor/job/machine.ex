@@ -2,11 +2,12 @@ defmodule VivaTensor.Job.Machine do
   @moduledoc """
   The state machine of one job.
 
-      planning --> running --> finishing --> done
-          |           |            |          ^
-          `-----------`------------`--> stopping
+      planning --> scaling --> running --> finishing --> done
+          |           |           |            |          ^
+          `-----------`-----------`------------`--> stopping
 
-  All work is done by steps: make the plan, do a unit, finish a shard. A step
+  All work is done by steps: make the plan, choose the scales of a group of weights,
+  do a unit, finish a shard. Only methods that scale columns have anything to choose. A step
   waits in the queue until there is a free worker and admission, runs in a worker
   of its own, and is tried again, a little later, when that worker dies. What a
   worker returns as an error is final: the same step would fail again.
@@ -29,7 +30,8 @@ defmodule VivaTensor.Job.Machine do
   @behaviour :gen_statem
 
   alias VivaTensor.{Error, Native, Report, Telemetry}
-  alias VivaTensor.Job.{Admission, Outputs, Plan, Publication, Shard, Status, Unit, Workers}
+  alias VivaTensor.Job.{Admission, Observation, Outputs, Plan, Publication}
+  alias VivaTensor.Job.{Shard, Status, Unit, Workers}
 
   @attempts 3
   @backoff_ms 50
@@ -49,6 +51,8 @@ defmodule VivaTensor.Job.Machine do
     running: %{},
     shards: %{},
     rows: %{},
+    searches: 0,
+    notes: %{},
     waiting: [],
     totals: %{tensors: 0, bytes: 0},
     tensors_done: 0,
@@ -114,7 +118,8 @@ defmodule VivaTensor.Job.Machine do
     stop({:error, error}, %{data | waiting: [from | data.waiting]})
   end
 
-  def handle_event(:internal, :advance, state, data) when state in [:planning, :running] do
+  def handle_event(:internal, :advance, state, data)
+      when state in [:planning, :scaling, :running] do
     {:keep_state, advance(data)}
   end
 
@@ -155,7 +160,7 @@ defmodule VivaTensor.Job.Machine do
   end
 
   def handle_event({:timeout, {:retry, _}}, step, state, data)
-      when state in [:planning, :running] do
+      when state in [:planning, :scaling, :running] do
     {:keep_state, data |> enqueue(step) |> advance()}
   end
 
@@ -197,6 +202,14 @@ defmodule VivaTensor.Job.Machine do
     in_shard(id, step, data, &Unit.run(unit, checkpoint, work, &1, cancel, metadata))
   end
 
+  defp start(%{work: {:search, group}} = step, data) do
+    %{plan: %{checkpoint: %{ref: checkpoint}, work: {:quantize, spec, observed}}} = data
+    cancel = data.cancel
+
+    {:ok,
+     work(step, data, fn -> Observation.search(observed, checkpoint, spec, group, cancel) end)}
+  end
+
   defp start(%{work: {:finish, id}} = step, data), do: in_shard(id, step, data, &Shard.finish/1)
 
   # The first step of a shard creates its file.
@@ -226,6 +239,17 @@ defmodule VivaTensor.Job.Machine do
   defp completed(:stopping, _step, _result, data), do: stopped(data)
 
   defp completed(:planning, %{work: :plan}, {:ok, plan}, data), do: planned(plan, data)
+
+  defp completed(:scaling, %{work: {:search, _group}}, {:ok, notes}, data) do
+    searched(notes, data)
+  end
+
+  defp completed(:scaling, %{work: {:search, group}}, {:error, error}, data) do
+    case {error.reason, data.options.recipe.non_finite} do
+      {{:non_finite, _}, :keep} -> group |> Observation.not_finite() |> searched(data)
+      _ -> stop({:error, error}, data)
+    end
+  end
 
   defp completed(:running, %{work: {:unit, unit, id}}, {:ok, stats}, data) do
     row = Report.row(unit, stats)
@@ -311,14 +335,32 @@ defmodule VivaTensor.Job.Machine do
           output: output,
           totals: %{tensors: length(units), bytes: bytes},
           shards: Map.new(shards, &{&1.id, &1}),
-          queue: Enum.flat_map(shards, &steps/1)
+          searches: length(plan.groups),
+          queue: for(g <- plan.groups, do: step({:search, g}, Observation.bytes(g, units)))
       }
 
-      {:next_state, :running, data, {:next_event, :internal, :advance}}
+      if data.searches == 0, do: run_units(data), else: next(:scaling, data)
     else
       {:error, error} -> stop({:error, error}, data)
     end
   end
+
+  defp searched(notes, data) do
+    data = %{data | searches: data.searches - 1, notes: Map.merge(data.notes, notes)}
+    if data.searches == 0, do: run_units(data), else: {:keep_state, advance(data)}
+  end
+
+  defp run_units(data) do
+    shards =
+      for {id, shard} <- data.shards, into: %{} do
+        {id, %{shard | units: Enum.map(shard.units, &Observation.annotate(&1, data.notes))}}
+      end
+
+    queue = shards |> Map.values() |> Enum.sort_by(& &1.id) |> Enum.flat_map(&steps/1)
+    next(:running, %{data | shards: shards, queue: queue, notes: %{}})
+  end
+
+  defp next(state, data), do: {:next_state, state, data, {:next_event, :internal, :advance}}
 
   defp steps(%Shard{units: []} = shard), do: [step({:finish, shard.id}, 0)]
 
@@ -445,6 +487,7 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp what(%{work: :plan}), do: "the plan"
+  defp what(%{work: {:search, {into, _, _}}}), do: "the scales of #{into}"
   defp what(%{work: {:finish, id}}), do: "shard #{Enum.join(id, "-")}"
   defp what(%{work: {:unit, unit, _}}), do: unit.name
 

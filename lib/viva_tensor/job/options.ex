@@ -135,11 +135,12 @@ defmodule VivaTensor.Job.Options do
     )
   end
 
-  defp with_statistics(%Recipe{calibrated: true} = recipe) do
+  defp with_statistics(%Recipe{calibrated: true, statistics: nil} = recipe) do
     invalid(
-      :method,
-      "#{recipe.settings.method} looks at activations, which a job has none of; quantize " <>
-        "single weights with VivaTensor.quantize/3"
+      :statistics,
+      "method #{recipe.settings.method} looks at what the layers of the model meet: give a " <>
+        "VivaTensor.Calibration with an entry for each of them, or the file of one, which " <>
+        "examples/calibration/record.py writes"
     )
   end
 

@@ -10,23 +10,27 @@ defmodule VivaTensor.Job.Plan do
   """
 
   alias VivaTensor.{Conversion, Error, Native, Recipe}
-  alias VivaTensor.Job.{FileError, Options, Unit}
+  alias VivaTensor.Job.{FileError, Observation, Options, Unit}
 
   @enforce_keys [:checkpoint, :bytes_on_disk, :work, :file, :shards]
-  defstruct [:checkpoint, :bytes_on_disk, :work, :file, :shards]
+  defstruct [:checkpoint, :bytes_on_disk, :work, :file, :shards, :statistics, groups: []]
 
   @typedoc """
   `checkpoint` is what the native side tells of the opened source, `bytes_on_disk`
   the size of its weight files, headers included, `work` the native form of the
   recipe or of the conversion, `file` the name of the output's
-  one file where the layout is a file format that holds a whole model.
+  one file where the layout is a file format that holds a whole model. Where the
+  method looks at activations, `statistics` says what it looks at, and `groups` are
+  the weights that share scales, which are chosen before any unit runs.
   """
   @type t :: %__MODULE__{
           checkpoint: map,
           bytes_on_disk: non_neg_integer,
           work: Unit.work(),
           file: String.t() | nil,
-          shards: [[Unit.t()]]
+          shards: [[Unit.t()]],
+          statistics: map | nil,
+          groups: [Observation.group()]
         }
 
   @doc "Opens the source and decides for every tensor in it."
@@ -34,16 +38,10 @@ defmodule VivaTensor.Job.Plan do
   def make(%Options{} = options) do
     with {:ok, checkpoint} <- options.source |> Native.checkpoint_open() |> Error.wrap(:source),
          {:ok, bytes_on_disk} <- bytes_on_disk(checkpoint.files),
-         {:ok, work, file, units} <- decide(options.recipe, checkpoint),
-         {:ok, shards} <- shards(units, file, options.max_shard_size) do
-      {:ok,
-       %__MODULE__{
-         checkpoint: checkpoint,
-         bytes_on_disk: bytes_on_disk,
-         work: work,
-         file: file,
-         shards: shards
-       }}
+         {:ok, decided, units} <- decide(options.recipe, checkpoint),
+         {:ok, shards} <- shards(units, decided.file, options.max_shard_size) do
+      always = %{checkpoint: checkpoint, bytes_on_disk: bytes_on_disk, shards: shards}
+      {:ok, struct!(__MODULE__, Map.merge(decided, always))}
     end
   end
 
@@ -68,8 +66,10 @@ defmodule VivaTensor.Job.Plan do
   defp decide(%Recipe{} = recipe, checkpoint) do
     with :ok <- not_quantized_already(checkpoint),
          {:ok, spec} <- Recipe.spec(recipe),
-         {:ok, file} <- spec |> Native.plan_source(checkpoint.ref) |> Error.wrap(:source) do
-      {:ok, {:quantize, spec}, file, units(checkpoint, spec, recipe)}
+         {:ok, file} <- spec |> Native.plan_source(checkpoint.ref) |> Error.wrap(:source),
+         units = units(checkpoint, spec, recipe),
+         {:ok, observed, more, units} <- Observation.of(recipe, spec, checkpoint, units) do
+      {:ok, Map.merge(more, %{work: {:quantize, spec, observed}, file: file}), units}
     end
   end
 
@@ -81,7 +81,7 @@ defmodule VivaTensor.Job.Plan do
           struct!(Unit, Map.merge(unit, %{id: id, reason: reason}))
         end
 
-      {:ok, {:convert, plan.ref}, plan.file, units}
+      {:ok, %{work: {:convert, plan.ref}, file: plan.file}, units}
     end
   end
 

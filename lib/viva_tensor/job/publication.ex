@@ -69,7 +69,7 @@ defmodule VivaTensor.Job.Publication do
   end
 
   # Without config.json the source is bare weights, and nothing says how to load them.
-  defp write_config(output, %{work: {:quantize, spec}} = plan, units) do
+  defp write_config(output, %{work: {:quantize, spec, _observed}} = plan, units) do
     config = Enum.find(plan.checkpoint.companions, &(&1.relative == @config))
 
     if config != nil and Enum.any?(units, & &1.quantized) do
@@ -121,6 +121,7 @@ defmodule VivaTensor.Job.Publication do
       source: options.source,
       target: options.to,
       recipe: options.recipe,
+      statistics: plan.statistics,
       tensors: rows,
       files: for({name, bytes, _} <- written, do: %{name: name, bytes: bytes}),
       input_bytes: plan.bytes_on_disk,

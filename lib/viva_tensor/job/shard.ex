@@ -64,17 +64,17 @@ defmodule VivaTensor.Job.Shard do
 
   def open(%__MODULE__{} = shard, _output, _plan), do: {:ok, shard}
 
-  defp create(shard, output, %{work: {work, ref}, checkpoint: %{ref: source}}) do
+  defp create(shard, output, %{work: work, checkpoint: %{ref: source}}) do
     metadata = %{"format" => "pt"}
 
     case work do
-      :quantize ->
+      {:quantize, spec, _observed} ->
         tensors = for unit <- shard.units, do: {unit.name, unit.action}
-        Native.shard_create(output, file(shard), ref, tensors, source, metadata)
+        Native.shard_create(output, file(shard), spec, tensors, source, metadata)
 
-      :convert ->
+      {:convert, conversion} ->
         names = for unit <- shard.units, do: unit.name
-        Native.conversion_shard(output, file(shard), ref, names, source, metadata)
+        Native.conversion_shard(output, file(shard), conversion, names, source, metadata)
     end
   end
 

@@ -4,7 +4,7 @@ defmodule VivaTensor.Job.Status do
   """
 
   @typedoc """
-  - `state` - `:planning`, `:running`, `:finishing`, `:stopping` or `:done`
+  - `state` - `:planning`, `:scaling` (choosing the scales of columns), `:running`, `:finishing`, `:stopping` or `:done`
   - `bytes`, `bytes_done` - of the source's tensors
   - `bytes_written` - of the output's
   - `running` - names of the tensors being worked on

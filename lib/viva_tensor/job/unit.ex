@@ -22,15 +22,20 @@ defmodule VivaTensor.Job.Unit do
     :input_bytes,
     :output_bytes,
     :from,
+    working_bytes: 0,
     quantized: false
   ]
 
-  @typedoc "The native form of a recipe, or of a conversion."
-  @type work :: {:quantize, reference} | {:convert, reference}
+  @typedoc """
+  The native form of a recipe, with what it looks at if its method looks at
+  activations, or of a conversion.
+  """
+  @type work :: {:quantize, reference, reference | nil} | {:convert, reference}
 
   @typedoc """
-  `reason` says why a tensor is kept, or has another format than the recipe's;
-  `from` is the layout that a converted one had, `quantized` whether the output has
+  `reason` says why a tensor is kept, has another format than the recipe's, or goes
+  without the scales of its method; `working_bytes` is what its method takes beside
+  input and output; `from` is the layout that a converted one had, `quantized` whether the output has
   it quantized.
   """
   @type t :: %__MODULE__{
@@ -44,6 +49,7 @@ defmodule VivaTensor.Job.Unit do
           input_bytes: non_neg_integer,
           output_bytes: non_neg_integer,
           from: atom,
+          working_bytes: non_neg_integer,
           quantized: boolean
         }
 
@@ -54,7 +60,9 @@ defmodule VivaTensor.Job.Unit do
     unit.input_bytes + unit.output_bytes + 4 * Enum.product(unit.shape)
   end
 
-  def bytes(%__MODULE__{} = unit), do: unit.input_bytes + unit.output_bytes
+  def bytes(%__MODULE__{} = unit) do
+    unit.input_bytes + unit.output_bytes + unit.working_bytes
+  end
 
   @doc "The same tensor, kept unquantized."
   @spec keep(t, String.t()) :: t
@@ -65,7 +73,8 @@ defmodule VivaTensor.Job.Unit do
         format: nil,
         quantized: false,
         reason: reason,
-        output_bytes: unit.input_bytes
+        output_bytes: unit.input_bytes,
+        working_bytes: 0
     }
   end
 
@@ -82,11 +91,11 @@ defmodule VivaTensor.Job.Unit do
 
     result =
       case {work, unit.action} do
-        {{:quantize, spec}, :quantize} ->
-          Native.unit_quantize(checkpoint, unit.name, spec, shard, cancel)
+        {{:quantize, spec, observed}, :quantize} ->
+          Native.unit_quantize(checkpoint, unit.name, spec, observed, shard, cancel)
 
-        {{:quantize, spec}, :keep} ->
-          Native.unit_keep(checkpoint, unit.name, spec, shard, cancel)
+        {{:quantize, spec, observed}, :keep} ->
+          Native.unit_keep(checkpoint, unit.name, spec, observed, shard, cancel)
 
         {{:convert, conversion}, _} ->
           Native.unit_convert(checkpoint, unit.name, conversion, shard, cancel)

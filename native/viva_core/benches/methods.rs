@@ -76,7 +76,7 @@ fn awq_scale_int4(bencher: Bencher) {
             *mean += v.abs() / TOKENS as f32;
         }
     }
-    bencher.bench_local(|| awq::search(&w, &spec, &x, &mean, &Cancel::new()).unwrap());
+    bencher.bench_local(|| awq::search(&[(&w, &spec)], &x, &mean, &Cancel::new()).unwrap());
 }
 
 /// The search for the clipping of blocks, in every row.

@@ -314,33 +314,172 @@ impl Calibration {
     /// `Io`, `InvalidFile` where a tensor is missing, of another dtype or shape,
     /// or holds what no activations give.
     pub fn load(path: &Path) -> Result<Calibration> {
+        let file = StatisticsFile::open(path)?;
+        let mut calibration = Calibration::new(file.samples);
+        for name in file.layers() {
+            let statistics = file.read(name)?;
+            calibration.layers.insert(name.into(), Arc::new(statistics));
+        }
+        Ok(calibration)
+    }
+}
+
+/// A saved calibration, of which one layer at a time is read.
+pub struct StatisticsFile {
+    file: TensorFile,
+    samples: usize,
+}
+
+impl StatisticsFile {
+    fn open(path: &Path) -> Result<StatisticsFile> {
         let file = TensorFile::open(path)?;
         let samples = match file.metadata() {
             Metadata::Safetensors(m) => m.get("samples").and_then(|n| n.parse().ok()),
             Metadata::Gguf(_) => None,
         };
-        let mut calibration = Calibration::new(samples.unwrap_or(SAMPLES));
-        let entries: BTreeSet<&str> = file.entries().iter().map(|e| e.name.as_str()).collect();
-        let layers: BTreeSet<&str> = entries.iter().filter_map(|e| layer_of(e)).collect();
-        for name in layers {
-            let has = |part: &&str| entries.contains(format!("{name}.{part}").as_str());
-            let parts: Vec<&str> = PARTS.into_iter().filter(has).collect();
-            let statistics = match parts[..] {
-                ["samples"] => {
-                    let rows = file.tensor(&format!("{name}.samples"))?;
-                    Statistics::of(&rows, calibration.samples, &Cancel::new())?
-                }
-                _ => Statistics::read(&file, name, calibration.samples)?,
-            };
-            calibration.layers.insert(name.into(), Arc::new(statistics));
-        }
-        match calibration.layers.is_empty() {
-            false => Ok(calibration),
-            true => Err(Error::InvalidFile {
+        let opened = StatisticsFile {
+            file,
+            samples: samples.unwrap_or(SAMPLES),
+        };
+        if opened.layers().is_empty() {
+            return Err(Error::InvalidFile {
                 path: path.display().to_string(),
                 message: "holds no statistics: no tensor is named ….gram or ….samples".into(),
-            }),
+            });
         }
+        Ok(opened)
+    }
+
+    fn layers(&self) -> BTreeSet<&str> {
+        let entries = self.file.entries().iter();
+        entries.filter_map(|e| layer_of(&e.name)).collect()
+    }
+
+    fn has(&self, name: &str, part: &str) -> bool {
+        self.file.entry(&format!("{name}.{part}")).is_ok()
+    }
+
+    /// Whether there are rows of a layer, and no sums.
+    fn rows_only(&self, name: &str) -> bool {
+        PARTS
+            .iter()
+            .all(|part| self.has(name, part) == (*part == "samples"))
+    }
+
+    fn read(&self, name: &str) -> Result<Statistics> {
+        if self.rows_only(name) {
+            let rows = self.file.tensor(&format!("{name}.samples"))?;
+            return Statistics::of(&rows, self.samples, &Cancel::new());
+        }
+        Statistics::read(&self.file, name, self.samples)
+    }
+
+    fn tokens(&self, name: &str) -> Result<u64> {
+        if self.rows_only(name) {
+            let rows = self.file.entry(&format!("{name}.samples"))?;
+            return Ok(rows.shape.first().map_or(0, |n| *n as u64));
+        }
+        Statistics::read_tokens(&self.file, name)
+    }
+
+    fn columns(&self, name: &str) -> usize {
+        let samples = self.file.entry(&format!("{name}.samples"));
+        samples.map_or(0, |e| e.shape.last().copied().unwrap_or(0))
+    }
+}
+
+/// Statistics of the layers of a model, wherever they are.
+pub enum Recorded {
+    Memory(Calibration),
+    File(StatisticsFile),
+}
+
+impl Recorded {
+    /// Those of a file, whose layers are read when they are asked for.
+    ///
+    /// # Errors
+    /// `Io`, `InvalidFile`.
+    pub fn open(path: &Path) -> Result<Recorded> {
+        StatisticsFile::open(path).map(Recorded::File)
+    }
+
+    /// Every layer with the columns of its input.
+    pub fn layers(&self) -> Vec<(&str, usize)> {
+        match self {
+            Recorded::Memory(c) => c.layers().map(|(name, s)| (name, s.columns)).collect(),
+            Recorded::File(f) => {
+                let layers = f.layers().into_iter();
+                layers.map(|name| (name, f.columns(name))).collect()
+            }
+        }
+    }
+
+    /// Rows of activations that a layer met.
+    ///
+    /// # Errors
+    /// As of [`Recorded::layer`].
+    pub fn tokens(&self, name: &str) -> Result<u64> {
+        match self {
+            Recorded::Memory(c) => Ok(c.layer(name)?.tokens),
+            Recorded::File(f) => f.tokens(name),
+        }
+    }
+
+    /// The statistics of one layer.
+    ///
+    /// # Errors
+    /// `UnknownTensor`, with a similar name where there is one; of a file, those of
+    /// [`Calibration::load`].
+    pub fn layer(&self, name: &str) -> Result<Arc<Statistics>> {
+        match self {
+            Recorded::Memory(calibration) => calibration.layer(name),
+            Recorded::File(f) => {
+                let layers = f.layers();
+                if !layers.contains(name) {
+                    return Err(unknown_tensor(name, layers.into_iter()));
+                }
+                f.file.check_unchanged()?;
+                let statistics = f.read(name)?;
+                for part in PARTS.iter().filter(|part| f.has(name, part)) {
+                    f.file.give_back(&format!("{name}.{part}"))?;
+                }
+                Ok(Arc::new(statistics))
+            }
+        }
+    }
+}
+
+/// One tensor of a layer; `None` in its shape fits any length.
+fn part(
+    file: &TensorFile,
+    layer: &str,
+    part: &str,
+    dtype: DType,
+    shape: &[Option<usize>],
+) -> Result<Tensor> {
+    let name = format!("{layer}.{part}");
+    let tensor = file.tensor(&name)?;
+    let lengths = tensor.shape().iter().zip(shape);
+    let fits = tensor.shape().len() == shape.len()
+        && lengths.into_iter().all(|(a, b)| b.is_none_or(|b| b == *a));
+    match tensor.dtype() == dtype && fits {
+        true => Ok(tensor),
+        false => Err(invalid(
+            file,
+            format!(
+                "tensor {name:?} is {} {:?}, not {} {shape:?}",
+                tensor.dtype().name(),
+                tensor.shape(),
+                dtype.name()
+            ),
+        )),
+    }
+}
+
+fn invalid(file: &TensorFile, message: String) -> Error {
+    Error::InvalidFile {
+        path: file.path().display().to_string(),
+        message,
     }
 }
 
@@ -353,70 +492,47 @@ fn layer_of(entry: &str) -> Option<&str> {
 
 impl Statistics {
     fn read(file: &TensorFile, name: &str, samples: usize) -> Result<Statistics> {
-        let invalid = |message: String| Error::InvalidFile {
-            path: file.path().display().to_string(),
-            message,
-        };
-        let tensor = |part: &str, dtype: DType, shape: &[Option<usize>]| -> Result<Tensor> {
-            let name = format!("{name}.{part}");
-            let tensor = file.tensor(&name)?;
-            let fits = tensor.shape().len() == shape.len()
-                && tensor
-                    .shape()
-                    .iter()
-                    .zip(shape)
-                    .all(|(a, b)| b.is_none_or(|b| b == *a));
-            match tensor.dtype() == dtype && fits {
-                true => Ok(tensor),
-                false => Err(invalid(format!(
-                    "tensor {name:?} is {} {:?}, not {} {shape:?}",
-                    tensor.dtype().name(),
-                    tensor.shape(),
-                    dtype.name()
-                ))),
-            }
-        };
-        let sum_abs = tensor("sum_abs", DType::F64, &[None])?;
+        let sum_abs = part(file, name, "sum_abs", DType::F64, &[None])?;
         let k = sum_abs.len();
-        let gram = tensor("gram", DType::F32, &[Some(k), Some(k)])?;
-        let max_abs = tensor("max_abs", DType::F32, &[Some(k)])?;
-        let rows = tensor("samples", DType::F32, &[None, Some(k)])?;
-        let tokens = tensor("tokens", DType::I64, &[Some(1)])?;
+        let gram = part(file, name, "gram", DType::F32, &[Some(k), Some(k)])?;
+        let max_abs = part(file, name, "max_abs", DType::F32, &[Some(k)])?;
+        let rows = part(file, name, "samples", DType::F32, &[None, Some(k)])?;
         let mut statistics = Statistics::new(k, samples);
         for tensor in [&gram, &max_abs, &rows] {
             check_floats(tensor)?;
         }
         statistics.gram = Gram::from_square(&gram.to_f32_vec(), k);
         if statistics.gram.diagonal().any(|d| d < 0.0) {
-            return Err(invalid(format!(
-                "{name}.gram has a negative sum of squares"
-            )));
+            return Err(invalid(
+                file,
+                format!("{name}.gram has a negative sum of squares"),
+            ));
         }
         statistics.max_abs = max_abs.to_f32_vec();
-        statistics.sum_abs = sum_abs
-            .bytes()
-            .as_chunks::<8>()
-            .0
-            .iter()
-            .map(|b| f64::from_le_bytes(*b))
-            .collect();
-        if !statistics
-            .sum_abs
-            .iter()
-            .all(|s| s.is_finite() && *s >= 0.0)
-        {
-            return Err(invalid(format!("{name}.sum_abs is no sum of magnitudes")));
+        let sums = sum_abs.bytes().as_chunks::<8>().0.iter();
+        statistics.sum_abs = sums.map(|b| f64::from_le_bytes(*b)).collect();
+        let possible = |s: &f64| s.is_finite() && *s >= 0.0;
+        if !statistics.sum_abs.iter().all(possible) {
+            return Err(invalid(
+                file,
+                format!("{name}.sum_abs is no sum of magnitudes"),
+            ));
         }
-        let mut bytes = [0u8; 8];
-        bytes.copy_from_slice(tokens.bytes());
-        statistics.tokens = u64::try_from(i64::from_le_bytes(bytes))
-            .map_err(|_| invalid(format!("{name}.tokens is negative")))?;
+        statistics.tokens = Statistics::read_tokens(file, name)?;
         if k > 0 {
             for row in rows.to_f32_vec().chunks_exact(k) {
                 statistics.sample(row);
             }
         }
         Ok(statistics)
+    }
+
+    fn read_tokens(file: &TensorFile, name: &str) -> Result<u64> {
+        let tokens = part(file, name, "tokens", DType::I64, &[Some(1)])?;
+        let mut bytes = [0u8; 8];
+        bytes.copy_from_slice(tokens.bytes());
+        u64::try_from(i64::from_le_bytes(bytes))
+            .map_err(|_| invalid(file, format!("{name}.tokens is negative")))
     }
 }
 

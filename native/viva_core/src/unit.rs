@@ -11,9 +11,10 @@ use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, ShardWriter};
 use crate::layout::gguf::{self, RowOrder};
 use crate::layout::{self, Entries, Layout};
 use crate::method::calibrated::{self, Calibrated};
+use crate::method::fold::Observed;
 use crate::ops::metrics::{self, Metrics};
 use crate::ops::{Cancel, pool, quantize};
-use crate::tensor::narrow;
+use crate::tensor::{Tensor, narrow};
 
 /// A spec, the layout in which tensors are written, and what the method does to
 /// weights by their activations.
@@ -178,12 +179,13 @@ pub fn create_shard(
     Ok(shard)
 }
 
-/// Quantizes one tensor and writes it; its mapped pages are given back. All of
-/// it runs on the pool, whose threads give way to the BEAM's schedulers.
+/// Quantizes one tensor, by what was observed of its layer if anything was, and
+/// writes it; its mapped pages are given back. All of it runs on the pool, whose threads give way to the BEAM's schedulers.
 pub fn quantize_into(
     source: &Checkpoint,
     name: &str,
     target: &Target,
+    observed: Option<&Observed>,
     shard: &ShardWriter,
     cancel: &Cancel,
 ) -> Result<Done> {
@@ -195,8 +197,21 @@ pub fn quantize_into(
         Some(whole) => whole.row_order(source, source.entry(name)?)?,
     };
     let done = pool::run(|| {
-        let q = quantize::quantize(&tensor, &spec, cancel)?;
-        let metrics = metrics::quantized(&tensor, &q, cancel)?;
+        let (q, metrics) = match (observed, &target.calibrated) {
+            (Some(observed), Some(how)) => observed.quantize(name, &tensor, &spec, how, cancel)?,
+            (None, None) => {
+                let q = quantize::quantize(&tensor, &spec, cancel)?;
+                let metrics = metrics::quantized(&tensor, &q, cancel)?;
+                (q, metrics)
+            }
+            _ => {
+                return Err(Error::InvalidOption {
+                    option: "statistics".into(),
+                    message: "they go with a method that looks at activations, and it with them"
+                        .into(),
+                });
+            }
+        };
         // The source is done with: its pages go before the output's arrive.
         source.give_back(name)?;
         let bits_per_weight = q.bits_per_weight();
@@ -253,27 +268,36 @@ pub(crate) fn write(shard: &ShardWriter, name: &str, bytes: &[u8], cancel: &Canc
     Ok(())
 }
 
-/// Writes one tensor unquantized, as it is or as the layout keeps it; its mapped
-/// pages are given back.
+/// Writes one tensor unquantized, as it is, as the layout keeps it, or with the
+/// scales of the layers after it folded in; its mapped pages are given back.
 pub fn keep_into(
     source: &Checkpoint,
     name: &str,
     target: Option<&Target>,
+    observed: Option<&Observed>,
     shard: &ShardWriter,
     cancel: &Cancel,
 ) -> Result<Done> {
     source.check_unchanged(name)?;
     let entry = source.entry(name)?;
     let whole = target.and_then(|t| t.layout.whole_file());
+    let divided = observed.and_then(|o| o.vector(name));
+    let bytes = |divided: &Option<Tensor>| match divided {
+        Some(tensor) => Ok(Cow::Owned(tensor.bytes().to_vec())),
+        None => source.bytes(name).map(Cow::Borrowed),
+    };
     let written = match whole {
-        None => copy(source, entry, name, shard, cancel),
+        None => copy(&bytes(&divided)?, name, shard, cancel),
         Some(whole) => match whole.kept(source, entry)? {
             None => Ok(0),
             Some(kept) => {
                 let order = whole.row_order(source, entry)?;
                 match (kept.dtype == entry.dtype, order) {
-                    (true, None) => copy(source, entry, &kept.name, shard, cancel),
-                    _ => rewrite(source, entry, &kept, order, shard, cancel),
+                    (true, None) => copy(&bytes(&divided)?, &kept.name, shard, cancel),
+                    _ => {
+                        let tensor = divided.map_or_else(|| source.tensor(name), Ok)?;
+                        rewrite(&tensor, entry, &kept, order, shard, cancel)
+                    }
                 }
             }
         },
@@ -289,21 +313,14 @@ pub fn keep_into(
 }
 
 /// Copies bytes as they are; returns their number.
-fn copy(
-    source: &Checkpoint,
-    entry: &Entry,
-    to: &str,
-    shard: &ShardWriter,
-    cancel: &Cancel,
-) -> Result<usize> {
-    let bytes = source.bytes(&entry.name)?;
+fn copy(bytes: &[u8], to: &str, shard: &ShardWriter, cancel: &Cancel) -> Result<usize> {
     write(shard, to, bytes, cancel)?;
     Ok(bytes.len())
 }
 
 /// Writes a tensor in another dtype or order of rows; returns the bytes written.
 fn rewrite(
-    source: &Checkpoint,
+    tensor: &Tensor,
     entry: &Entry,
     kept: &FixedEntry,
     order: Option<RowOrder>,
@@ -316,7 +333,6 @@ fn rewrite(
             dtype: kept.dtype.name(),
         });
     };
-    let tensor = source.tensor(&entry.name)?;
     let rows = entry.shape.first().copied().unwrap_or(1);
     let row = tensor.len() / rows.max(1);
     let at_once = (COPY / (row * dtype.size()).max(1)).max(1);

@@ -53,8 +53,8 @@ fn write(source: &Checkpoint, format: &str) -> viva_core::Result<(TempDir, PathB
     for entry in source.entries() {
         let (name, cancel) = (&entry.name, Cancel::new());
         let done = match quantize(name) {
-            true => unit::quantize_into(source, name, &target, &shard, &cancel)?,
-            false => unit::keep_into(source, name, Some(&target), &shard, &cancel)?,
+            true => unit::quantize_into(source, name, &target, None, &shard, &cancel)?,
+            false => unit::keep_into(source, name, Some(&target), None, &shard, &cancel)?,
         };
         assert_eq!(done.elements, entry.shape.iter().product::<usize>());
         assert_eq!(done.input_bytes, entry.nbytes());
@@ -348,7 +348,15 @@ fn a_gguf_file_is_written_again_as_it_is() {
     let shard =
         unit::create_shard(&path, &source, Some(&target), planned, BTreeMap::new()).unwrap();
     for entry in source.entries() {
-        unit::keep_into(&source, &entry.name, Some(&target), &shard, &Cancel::new()).unwrap();
+        unit::keep_into(
+            &source,
+            &entry.name,
+            Some(&target),
+            None,
+            &shard,
+            &Cancel::new(),
+        )
+        .unwrap();
     }
     shard.finish().unwrap();
 

@@ -1,16 +1,21 @@
 //! Statistics of activations, and methods that use them.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
 use rustler::{Atom, Encoder, Env, Term};
-use viva_core::calibration::{Calibration, Statistics};
+use viva_core::calibration::{Calibration, Recorded, Statistics};
+use viva_core::method::fold::{self, Group, Observed};
 use viva_core::method::{calibrated, sparsity};
 use viva_core::ops::Cancel;
 use viva_core::tensor::Tensor;
 
 use crate::error::Outcome;
-use crate::resource::{CalibrationRef, CalibrationResource, TensorRef, tensor_from_binary};
+use crate::resource::{
+    CalibrationRef, CalibrationResource, CancelRef, CheckpointRef, ObservedRef, ObservedResource,
+    TargetRef, TensorRef, tensor_from_binary,
+};
 use crate::terms::{self, Name, Options};
 
 fn resource(calibration: Calibration) -> CalibrationRef {
@@ -70,6 +75,74 @@ fn calibration_layers<'a>(env: Env<'a>, calibration: CalibrationRef) -> Vec<Term
             )
         })
         .collect()
+}
+
+/// What a job looks at: a copy of a calibration as it is now, or a file of one.
+#[rustler::nif(schedule = "DirtyIo")]
+fn observed_copy(calibration: CalibrationRef) -> ObservedRef {
+    let recorded = Recorded::Memory(lock(&calibration).clone());
+    ObservedRef::new(ObservedResource(Observed::new(recorded)))
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn observed_open(path: String) -> Outcome<ObservedRef> {
+    let recorded = Recorded::open(Path::new(&path))?;
+    Ok(ObservedRef::new(ObservedResource(Observed::new(recorded))))
+}
+
+/// `%{layer => %{columns, tokens}}`.
+#[rustler::nif(schedule = "DirtyIo")]
+fn observed_layers<'a>(env: Env<'a>, observed: ObservedRef) -> Outcome<HashMap<String, Term<'a>>> {
+    let recorded = observed.0.recorded();
+    let layers = recorded.layers().into_iter().map(|(name, columns)| {
+        let tokens = recorded.tokens(name)?;
+        let fields = [
+            ("columns", columns.encode(env)),
+            ("tokens", tokens.encode(env)),
+        ];
+        Ok((name.to_string(), terms::map(env, &fields)))
+    });
+    Ok(layers.collect::<Result<_, viva_core::Error>>()?)
+}
+
+/// `{into, into_rows?, readers}`.
+type GroupTerm = (String, bool, Vec<String>);
+
+/// `{name, reason}`.
+type UnscaledTerm = (String, String);
+
+/// The groups of weights whose columns share scales, and the weights that have
+/// none.
+#[rustler::nif(schedule = "DirtyCpu")]
+fn fold_groups(
+    source: CheckpointRef,
+    target: TargetRef,
+    quantized: Vec<String>,
+) -> Outcome<(Vec<GroupTerm>, Vec<UnscaledTerm>)> {
+    let found = fold::groups(&*source.0.get()?, &target.0, &quantized);
+    let groups = found.groups.into_iter();
+    let groups = groups.map(|g| (g.into, g.rows, g.readers)).collect();
+    Ok((groups, found.unscaled))
+}
+
+/// Chooses the scales of a group: the kept tensors that they change, or nil where
+/// there are none.
+#[rustler::nif(schedule = "DirtyCpu")]
+fn fold_search(
+    observed: ObservedRef,
+    source: CheckpointRef,
+    target: TargetRef,
+    group: GroupTerm,
+    cancel: CancelRef,
+) -> Outcome<Option<Vec<String>>> {
+    let (into, rows, readers) = group;
+    let group = Group {
+        into,
+        rows,
+        readers,
+    };
+    let source = source.0.get()?;
+    Ok(observed.0.search(&source, &target.0, &group, &cancel.0)?)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]

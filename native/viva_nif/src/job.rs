@@ -15,8 +15,8 @@ use viva_core::unit::{self, Done, Planned, Target};
 
 use crate::error::Outcome;
 use crate::resource::{
-    CancelRef, CheckpointRef, OutputRef, OutputResource, ShardRef, ShardResource, TargetRef,
-    TargetResource,
+    CancelRef, CheckpointRef, ObservedRef, OutputRef, OutputResource, ShardRef, ShardResource,
+    TargetRef, TargetResource,
 };
 use crate::terms::{self, Name, Options};
 
@@ -173,11 +173,13 @@ fn unit_quantize<'a>(
     source: CheckpointRef,
     name: String,
     target: TargetRef,
+    observed: Option<ObservedRef>,
     shard: ShardRef,
     cancel: CancelRef,
 ) -> Outcome<Term<'a>> {
     let source = source.0.get()?;
-    let done = unit::quantize_into(&source, &name, &target.0, &shard.0, &cancel.0)?;
+    let seen = observed.as_ref().map(|o| &o.0);
+    let done = unit::quantize_into(&source, &name, &target.0, seen, &shard.0, &cancel.0)?;
     Ok(done_map(env, &done))
 }
 
@@ -187,11 +189,13 @@ fn unit_keep<'a>(
     source: CheckpointRef,
     name: String,
     target: TargetRef,
+    observed: Option<ObservedRef>,
     shard: ShardRef,
     cancel: CancelRef,
 ) -> Outcome<Term<'a>> {
     let source = source.0.get()?;
-    let done = unit::keep_into(&source, &name, Some(&target.0), &shard.0, &cancel.0)?;
+    let seen = observed.as_ref().map(|o| &o.0);
+    let done = unit::keep_into(&source, &name, Some(&target.0), seen, &shard.0, &cancel.0)?;
     Ok(done_map(env, &done))
 }
 

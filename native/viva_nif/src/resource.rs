@@ -9,6 +9,7 @@ use viva_core::calibration::Calibration;
 use viva_core::convert::Conversion;
 use viva_core::format::Quantized;
 use viva_core::io::{Checkpoint, OutputDir, ShardWriter};
+use viva_core::method::fold::Observed;
 use viva_core::ops::Cancel;
 use viva_core::tensor::{SharedBytes, Tensor};
 use viva_core::unit::Target;
@@ -56,6 +57,7 @@ resources!(
     ShardResource(ShardWriter),
     CancelResource(Cancel),
     CalibrationResource(std::sync::Mutex<Calibration>),
+    ObservedResource(Observed),
 );
 
 pub type TensorRef = ResourceArc<TensorResource>;
@@ -66,6 +68,7 @@ pub type ConversionRef = ResourceArc<ConversionResource>;
 pub type OutputRef = ResourceArc<OutputResource>;
 pub type ShardRef = ResourceArc<ShardResource>;
 pub type CancelRef = ResourceArc<CancelResource>;
+pub type ObservedRef = ResourceArc<ObservedResource>;
 pub type CalibrationRef = ResourceArc<CalibrationResource>;
 
 /// The bytes of a BEAM binary, kept alive by an environment of their own.

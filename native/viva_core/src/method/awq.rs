@@ -80,34 +80,40 @@ impl Tokens {
     }
 }
 
-/// The scale of each column under which rounding costs least of the layer's
-/// output, and `None` where none is better than leaving them. `x` are
-/// activations, `mean` the mean magnitude of each of their columns.
+/// A weight, and what it is quantized with.
+pub type Weight<'a> = (&'a Tensor, &'a Spec);
+
+/// The scale of each column under which rounding costs least of the output of all
+/// `weights` together, which read the same input, and `None` where none is better
+/// than leaving them. `x` are activations, `mean` the mean magnitude of each of
+/// their columns.
 ///
 /// # Errors
 /// Those of quantizing; `Cancelled`.
 pub fn search(
-    w: &Tensor,
-    spec: &Spec,
+    weights: &[Weight],
     x: &[f32],
     mean: &[f32],
     cancel: &Cancel,
 ) -> Result<Option<Vec<f32>>> {
-    let k = w.row_len();
     pool::run(|| {
-        let tokens = Tokens::new(x, k);
-        let spec = Spec {
+        let tokens = Tokens::new(x, mean.len());
+        let plain = |spec: &Spec| Spec {
             // Scales of scales hardly change which weights suffer.
             double_quant: false,
             ..spec.clone()
         };
+        let specs: Vec<Spec> = weights.iter().map(|(_, spec)| plain(spec)).collect();
         let roots: Vec<f64> = mean.iter().map(|&m| twentieth_root(f64::from(m))).collect();
         let mut best = (f64::INFINITY, None);
         for point in 0..POINTS {
             let s = normalized(roots.iter().map(|root| root.powi(point as i32)));
-            let loss = loss(w, &spec, &tokens, &s, cancel)?;
-            if loss < best.0 {
-                best = (loss, (point > 0).then_some(s));
+            let mut total = 0.0;
+            for ((w, _), spec) in weights.iter().zip(&specs) {
+                total += loss(w, spec, &tokens, &s, cancel)?;
+            }
+            if total < best.0 {
+                best = (total, (point > 0).then_some(s));
             }
         }
         Ok(best.1)

@@ -1,8 +1,9 @@
 //! Quantizing one weight by what its activations show.
 
+use super::awq::{self, Weight};
 use super::gptq::{self, Gptq, Order};
+use super::input;
 use super::sparsity::Sparsity;
-use super::{awq, input};
 use crate::calibration::Statistics;
 use crate::error::{Error, Result};
 use crate::format::{INPUT_SCALE, Input, OptionValue, Options, Quantized, Spec, spec};
@@ -168,7 +169,6 @@ pub fn quantize_calibrated(
     cancel: &Cancel,
 ) -> Result<Quantized> {
     check(w, statistics)?;
-    let k = statistics.columns();
     check_floats(w)?;
     let spec = &*spec.for_dtype(w.dtype())?;
     if w.is_empty() {
@@ -178,18 +178,78 @@ pub fn quantize_calibrated(
     let mut weights = w.to_f32_vec();
     let mut seen = Seen::of(statistics);
     if how.rotate {
-        input::rotate(&mut weights, k);
+        input::rotate(&mut weights, seen.columns);
         seen.rotate(cancel)?;
     }
-    let matrix = |weights: &[f32]| Tensor::from_slice(DType::F32, w.shape(), weights);
     let scales = match how.scaling {
         Scaling::None => None,
-        Scaling::Awq => {
-            let w = matrix(&weights)?;
-            awq::search(&w, spec, &seen.samples, &seen.mean_abs, cancel)?
+        scaling => {
+            let w = Tensor::from_slice(DType::F32, w.shape(), &weights)?;
+            seen.scales(&[(&w, spec)], scaling, cancel)?
         }
-        Scaling::Smooth => Some(smooth(&weights, &seen.max_abs)),
     };
+    finish(w, weights, spec, seen, how, scales.as_deref(), cancel)
+}
+
+/// The same with the scales of columns that were chosen before, if any.
+///
+/// # Errors
+/// Those of [`quantize_calibrated`]; `InvalidOption` of a rotation.
+pub fn quantize_scaled(
+    w: &Tensor,
+    spec: &Spec,
+    statistics: &Statistics,
+    how: &Calibrated,
+    scales: Option<&[f32]>,
+    cancel: &Cancel,
+) -> Result<Quantized> {
+    check(w, statistics)?;
+    check_floats(w)?;
+    if how.rotate {
+        return Err(Error::option(
+            "rotate",
+            "scales are chosen after a rotation",
+        ));
+    }
+    let spec = &*spec.for_dtype(w.dtype())?;
+    if w.is_empty() {
+        return quantize(w, spec, cancel);
+    }
+    spec.format()?.check_shape(spec, w.shape())?;
+    let seen = Seen::of(statistics);
+    finish(w, w.to_f32_vec(), spec, seen, how, scales, cancel)
+}
+
+/// The scales of columns that weights which read one input share; `None` where it
+/// is best to leave them.
+///
+/// # Errors
+/// `ShapeMismatch` unless the rows of all have as many columns as the statistics,
+/// and those of the search.
+pub fn shared_scales(
+    weights: &[Weight],
+    statistics: &Statistics,
+    scaling: Scaling,
+    cancel: &Cancel,
+) -> Result<Option<Vec<f32>>> {
+    for (w, _) in weights {
+        check(w, statistics)?;
+        check_floats(w)?;
+    }
+    Seen::of(statistics).scales(weights, scaling, cancel)
+}
+
+/// What comes after scales are chosen; `weights` are those of `w`, rotated.
+fn finish(
+    w: &Tensor,
+    mut weights: Vec<f32>,
+    spec: &Spec,
+    mut seen: Seen,
+    how: &Calibrated,
+    scales: Option<&[f32]>,
+    cancel: &Cancel,
+) -> Result<Quantized> {
+    let k = seen.columns;
     // What activations are multiplied by, and weights divided by.
     let factors: Option<Vec<f32>> = scales.map(|s| s.iter().map(|s| 1.0 / s).collect());
     if let Some(factors) = &factors {
@@ -200,7 +260,7 @@ pub fn quantize_calibrated(
     if how.clip {
         awq::clip(&mut weights, k, spec, &seen.gram, cancel)?;
     }
-    let prepared = matrix(&weights)?;
+    let prepared = Tensor::from_slice(DType::F32, w.shape(), &weights)?;
     let mut q = match &how.gptq {
         Some(options) => gptq::quantize(&prepared, spec, &seen.gram, options, cancel)?,
         None => quantize(&prepared, spec, cancel)?,
@@ -256,6 +316,19 @@ impl Seen {
         }
     }
 
+    fn scales(
+        &self,
+        weights: &[Weight],
+        scaling: Scaling,
+        cancel: &Cancel,
+    ) -> Result<Option<Vec<f32>>> {
+        match scaling {
+            Scaling::None => Ok(None),
+            Scaling::Awq => awq::search(weights, &self.samples, &self.mean_abs, cancel),
+            Scaling::Smooth => Ok(Some(smooth(weights, &self.max_abs))),
+        }
+    }
+
     fn rotate(&mut self, cancel: &Cancel) -> Result<()> {
         let k = self.columns;
         input::rotate(&mut self.samples, k);
@@ -282,11 +355,16 @@ impl Seen {
     }
 }
 
-fn smooth(w: &[f32], max_abs: &[f32]) -> Vec<f32> {
-    let mut most = vec![0f32; max_abs.len()];
-    for row in w.chunks_exact(max_abs.len()) {
-        for (most, w) in most.iter_mut().zip(row) {
-            *most = most.max(w.abs());
+fn smooth(weights: &[Weight], max_abs: &[f32]) -> Vec<f32> {
+    let k = max_abs.len();
+    let mut most = vec![0f32; k];
+    let mut scratch = Vec::new();
+    for (w, _) in weights {
+        for first in (0..w.len()).step_by(k) {
+            let row = w.f32_chunk(first..first + k, &mut scratch);
+            for (most, w) in most.iter_mut().zip(row) {
+                *most = most.max(w.abs());
+            }
         }
     }
     max_abs

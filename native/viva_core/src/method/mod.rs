@@ -5,6 +5,7 @@ pub mod affine;
 pub mod awq;
 pub mod calibrated;
 pub mod factor;
+pub mod fold;
 pub mod gptq;
 pub mod gram;
 pub mod hqq;
