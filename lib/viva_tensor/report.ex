@@ -36,7 +36,8 @@ defmodule VivaTensor.Report do
   has another format than the recipe's, or goes without the scales of its method, and
   that a kept one was divided by the scales of the layers after it; what comes after `elements` belongs to
   quantized tensors. A figure that no number can tell is `nil`: `sqnr_db` where
-  there is no error, `cosine` where all is zero.
+  there is no error, `cosine` where all is zero. `output_error` is that of the layer's
+  output, ‖X·Wᵀ − X·Ŵᵀ‖ / ‖X·Wᵀ‖, on rows that a method looked at.
 
   In the report of a conversion `dtype` is the format that a tensor had, `from` the
   layout of a quantized one, `format` what it became; `lossless` says whether it has
@@ -62,7 +63,8 @@ defmodule VivaTensor.Report do
           optional(:mean_error) => float | nil,
           optional(:max_error) => float | nil,
           optional(:psnr_db) => float | nil,
-          optional(:cosine) => float | nil
+          optional(:cosine) => float | nil,
+          optional(:output_error) => float | nil
         }
 
   @typedoc """

@@ -39,6 +39,8 @@ pub struct Done {
     /// Bits of codes, scales and zero points; `None` when it was copied.
     pub bits_per_weight: Option<f64>,
     pub metrics: Option<Metrics>,
+    /// Of the layer's output, on rows of activations that the method saw.
+    pub output_error: Option<f64>,
 }
 
 impl Target {
@@ -197,12 +199,12 @@ pub fn quantize_into(
         Some(whole) => whole.row_order(source, source.entry(name)?)?,
     };
     let done = pool::run(|| {
-        let (q, metrics) = match (observed, &target.calibrated) {
+        let (q, metrics, output_error) = match (observed, &target.calibrated) {
             (Some(observed), Some(how)) => observed.quantize(name, &tensor, &spec, how, cancel)?,
             (None, None) => {
                 let q = quantize::quantize(&tensor, &spec, cancel)?;
                 let metrics = metrics::quantized(&tensor, &q, cancel)?;
-                (q, metrics)
+                (q, metrics, None)
             }
             _ => {
                 return Err(Error::InvalidOption {
@@ -221,6 +223,7 @@ pub fn quantize_into(
             elements: tensor.len(),
             bits_per_weight: Some(bits_per_weight),
             metrics: Some(metrics),
+            output_error,
         })
     });
     if done.is_err() {
@@ -309,6 +312,7 @@ pub fn keep_into(
         elements: entry.shape.iter().product(),
         bits_per_weight: None,
         metrics: None,
+        output_error: None,
     })
 }
 

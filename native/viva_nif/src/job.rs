@@ -207,6 +207,8 @@ fn done_map<'a>(env: Env<'a>, done: &Done) -> Term<'a> {
     ];
     if let (Some(bits), Some(m)) = (done.bits_per_weight, &done.metrics) {
         fields.push(("bits_per_weight", bits.encode(env)));
+        let error = done.output_error.map(|e| terms::number(env, e));
+        fields.extend(error.map(|e| ("output_error", e)));
         return crate::tensor::metrics_map(env, m, &fields);
     }
     terms::map(env, &fields)

@@ -12,9 +12,9 @@ use crate::calibration::Recorded;
 use crate::error::{Error, Result};
 use crate::format::{INPUT_SCALE, Input, Quantized, Spec};
 use crate::io::{Checkpoint, Entry, EntryDType};
-use crate::ops::Cancel;
 use crate::ops::metrics::{self, Metrics};
 use crate::ops::quantize::check_floats;
+use crate::ops::{Cancel, output_error};
 use crate::tensor::{DType, Tensor, narrow};
 use crate::unit::Target;
 
@@ -315,7 +315,8 @@ impl Observed {
     }
 
     /// Quantizes a weight by what its layer met, with what was folded into it, and
-    /// measures it against what it stands for.
+    /// measures it, and its layer's output on the rows that were kept, against what
+    /// it stands for.
     ///
     /// # Errors
     /// Those of the methods; `UnknownTensor` of a layer that is not recorded.
@@ -326,7 +327,7 @@ impl Observed {
         spec: &Spec,
         how: &Calibrated,
         cancel: &Cancel,
-    ) -> Result<(Quantized, Metrics)> {
+    ) -> Result<(Quantized, Metrics, Option<f64>)> {
         let (rows, columns) = {
             let folds = self.folds.read().unwrap_or_else(|e| e.into_inner());
             (
@@ -352,11 +353,20 @@ impl Observed {
         let columns = columns.as_ref().map(|s| &s[..]);
         let mut q = quantize_scaled(weight, &spec, &statistics, &how, columns, cancel)?;
         let metrics = metrics::quantized(weight, &q, cancel)?;
+        let rows = statistics.samples();
+        let error = match rows.is_empty() {
+            true => None,
+            false => {
+                let k = statistics.columns();
+                let rows = Tensor::from_slice(DType::F32, &[rows.len() / k, k], &rows)?;
+                Some(output_error::quantized(weight, &q, &rows, cancel)?)
+            }
+        };
         // What is before the weight does from now on what its input asked for.
         q.spec.input = Input::default();
         q.parts.retain(|(part, _)| *part != INPUT_SCALE);
         q.dtype = w.dtype();
-        Ok((q, metrics))
+        Ok((q, metrics, error))
     }
 }
 
