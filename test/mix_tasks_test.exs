@@ -96,6 +96,25 @@ defmodule VivaTensor.MixTasksTest do
       assert stderr =~ "has no config.json"
     end
 
+    test "takes a recipe by name, and what it looks at", %{dir: dir} do
+      to = Path.join(dir, "out")
+      seen = "examples/calibration/viva-tiny.safetensors"
+      only = ["--exclude", "^(?!.*1\\.(self_attn\\.o|mlp\\.up)_proj)"]
+      argv = [@model, "--to", to, "--recipe", "awq_gptq", "--statistics", seen, "--scales", "mse"]
+      assert {0, stdout, _} = task(Quantize, argv ++ only)
+      assert stdout =~ "int4 in awq layout, block_size 128, method awq_gptq"
+      assert stdout =~ "int4: not scaled: mlp.gate_proj, which reads the same, is kept"
+      assert stdout =~ "statistics #{seen}: 2 layers, 16384 rows each"
+
+      argv = [@model, "--to", to, "--force", "--recipe", "gptq"]
+      assert {2, _, stderr} = task(Quantize, argv)
+      assert stderr =~ "option statistics: method gptq looks at what the layers"
+      assert {3, _, stderr} = task(Quantize, argv ++ ["--statistics", seen])
+      assert stderr =~ "there are none of model.layers.0."
+      assert {2, _, stderr} = task(Quantize, [@model, "--to", to, "--recipe", "gtpq"])
+      assert stderr =~ "did you mean gptq?"
+    end
+
     test "prints the report as JSON, alone on standard output", %{dir: dir} do
       to = Path.join(dir, "out")
 

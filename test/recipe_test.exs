@@ -73,7 +73,7 @@ defmodule VivaTensor.RecipeTest do
       end
 
       recipe = Recipe.new!(:gptq, format: :int3, exclude: "lm_head")
-      assert {recipe.format, recipe.layout, recipe.settings.symmetric} == {:int3, :gptq, true}
+      assert {recipe.format, recipe.layout, recipe.settings.symmetric} == {:int3, :gptq, false}
       assert [%Regex{}] = recipe.exclude
 
       assert {:error, %Error{reason: {:unknown_recipe, %{name: "nf5", known: known}}}} =

@@ -2,23 +2,21 @@ defmodule VivaTensor.Recipe.Presets do
   @moduledoc false
   # Recipes by name, in the order in which they are shown to users.
 
-  @groups_of_128 [format: :int4, block_size: 128]
-  @asymmetric [format: :int4, block_size: 128, symmetric: false, layout: :awq]
+  @groups_of_128 [format: :int4, block_size: 128, symmetric: false]
+  @awq @groups_of_128 ++ [layout: :awq]
 
   @presets [
     int8: {"8-bit integers, one scale a row, as LLM.int8() loads them", [format: :int8]},
     fp8: {"8-bit floats (E4M3), one scale a row", [format: :fp8_e4m3]},
     nf4: {"the 4-bit table of QLoRA, scales quantized too", [format: :nf4, double_quant: true]},
-    int4: {"4-bit integers in groups of 128 with zero points", @asymmetric},
+    int4: {"4-bit integers in groups of 128 with zero points", @awq},
     awq:
-      {"the same, columns scaled and blocks clipped by what they meet",
-       @asymmetric ++ [method: :awq]},
+      {"the same, columns scaled and blocks clipped by what they meet", @awq ++ [method: :awq]},
     awq_gptq:
-      {"the same, columns scaled, then rounded one after the other",
-       @asymmetric ++ [method: :awq_gptq]},
+      {"the same, columns scaled, then rounded one after the other", @awq ++ [method: :awq_gptq]},
     gptq:
-      {"4-bit integers in symmetric groups of 128, rounded column by column",
-       @groups_of_128 ++ [symmetric: true, layout: :gptq, method: :gptq]},
+      {"4-bit integers in groups of 128, rounded one column after the other",
+       @groups_of_128 ++ [layout: :gptq, method: :gptq]},
     smoothquant:
       {"8-bit integers whose activations fit in 8 bits too",
        [format: :int8, method: :smoothquant]},
