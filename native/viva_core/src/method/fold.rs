@@ -2,7 +2,7 @@
 //! are multiplied by, a norm or the rows of another weight are divided by, so that
 //! the model computes what it did and no loader has to know of any scale.
 //!
-//! The models whose operations are known are data here: [`ARCHITECTURES`].
+//! The models whose operations are known are data here: `ARCHITECTURES`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, RwLock};
