@@ -15,7 +15,7 @@ use super::gram::Gram;
 use crate::error::{Error, Result};
 use crate::ops::Cancel;
 use crate::simd::dispatch;
-use crate::simd::product::{Axpy, NARROW, Product, WIDE};
+use crate::simd::product::{NARROW, Product, Spread, WIDE};
 
 /// Rows that are factored together.
 const BLOCK: usize = 2 * WIDE;
@@ -27,6 +27,8 @@ const RETRIES: i32 = 6;
 /// [`Product`] reads them, and 1/R_jj.
 pub struct Factor {
     pub order: Vec<u32>,
+    /// Where in `order` each column is.
+    pub place: Vec<u32>,
     pub panels: Vec<Vec<f32>>,
     pub inverse_diagonal: Vec<f32>,
     /// What was added to the diagonal, as a part of its mean.
@@ -53,12 +55,17 @@ impl Factor {
                 false => mean.max(f32::MIN_POSITIVE),
             });
             if upper.factor(cancel)? {
+                let mut place = vec![0; k];
+                for (at, &column) in order.iter().enumerate() {
+                    place[column as usize] = at as u32;
+                }
                 return Ok(Factor {
                     panels: upper.panels_of_r(),
                     inverse_diagonal: (0..k)
                         .map(|j| 1.0 / upper.at(k - 1 - j, k - 1 - j))
                         .collect(),
                     order,
+                    place,
                     damping,
                 });
             }
@@ -91,23 +98,27 @@ impl Upper {
         let source = |a: usize| order[k - 1 - a] as usize;
         let panels = (0..k.div_ceil(WIDE))
             .into_par_iter()
-            .map(|p| {
-                let rows = (p + 1) * WIDE;
-                let mut panel = vec![0f32; rows * WIDE];
-                for (t, row) in panel.chunks_exact_mut(WIDE).enumerate() {
-                    for (lane, h) in row.iter_mut().enumerate() {
-                        let j = p * WIDE + lane;
-                        *h = match (t == j, t < k && j < k) {
-                            // Past the last column: an identity, which changes nothing.
-                            (true, false) => 1.0,
-                            (false, false) => 0.0,
-                            (true, true) => diagonal(gram.at(source(j), source(j))),
-                            (false, true) => gram.at(source(t), source(j)),
-                        };
+            .map_init(
+                || vec![0f32; k],
+                |column, p| {
+                    let rows = (p + 1) * WIDE;
+                    let mut panel = vec![0f32; rows * WIDE];
+                    for (lane, j) in (p * WIDE..rows).enumerate() {
+                        // Past the last column: an identity, which changes nothing.
+                        let pivot = &mut panel[j * WIDE + lane];
+                        if j >= k {
+                            *pivot = 1.0;
+                            continue;
+                        }
+                        *pivot = diagonal(gram.at(source(j), source(j)));
+                        gram.read_column(source(j), column);
+                        for (t, row) in panel.chunks_exact_mut(WIDE).take(j).enumerate() {
+                            row[lane] = column[source(t)];
+                        }
                     }
-                }
-                panel
-            })
+                    panel
+                },
+            )
             .collect();
         Upper { columns: k, panels }
     }
@@ -129,11 +140,12 @@ impl Upper {
             let Some(block) = factor_block(first, own) else {
                 return Ok(false);
             };
+            let block = Square::new(&block, last - first);
             right.par_iter_mut().try_for_each(|panel| {
                 cancel.check()?;
                 subtract(&left, first, panel);
                 let rows = &mut panel[first * WIDE..last * WIDE];
-                solve(&block, last - first, rows);
+                block.solve(rows);
                 Ok(())
             })?;
         }
@@ -142,15 +154,18 @@ impl Upper {
 
     /// −U for columns `first .. last` and the rows above them.
     fn negated(&self, first: usize, last: usize) -> Vec<Vec<f32>> {
-        (first..last)
-            .step_by(NARROW)
-            .map(|at| {
-                let panel = &self.panels[at / WIDE][..first * WIDE];
-                let lanes = at % WIDE..at % WIDE + NARROW;
-                panel
-                    .chunks_exact(WIDE)
-                    .flat_map(|row| row[lanes.clone()].iter().map(|u| -u))
-                    .collect()
+        (first / NARROW..last / NARROW)
+            .into_par_iter()
+            .map(|p| {
+                let (panel, lane) = (&self.panels[p * NARROW / WIDE], p * NARROW % WIDE);
+                let mut out = vec![0f32; first * NARROW];
+                let rows = panel.chunks_exact(WIDE);
+                for (out, row) in out.chunks_exact_mut(NARROW).zip(rows) {
+                    for (out, u) in out.iter_mut().zip(&row[lane..]) {
+                        *out = -u;
+                    }
+                }
+                out
             })
             .collect()
     }
@@ -163,11 +178,15 @@ impl Upper {
             .map(|p| {
                 let rows = ((p + 1) * NARROW).min(k);
                 let mut panel = vec![0f32; rows * NARROW];
-                for (t, row) in panel.chunks_exact_mut(NARROW).enumerate() {
-                    for (lane, r) in row.iter_mut().enumerate() {
-                        let j = p * NARROW + lane;
-                        if t <= j && j < k {
-                            *r = self.at(k - 1 - j, k - 1 - t);
+                for j in p * NARROW..rows {
+                    // A row of U from its end, through the panels that hold it.
+                    let row = (k - 1 - j) * WIDE;
+                    let mut t = 0;
+                    for panel_of_u in self.panels[(k - 1 - j) / WIDE..].iter().rev() {
+                        let end = (k - t - 1) % WIDE + 1;
+                        for u in panel_of_u[row..row + end].iter().rev().take(j + 1 - t) {
+                            panel[t * NARROW + j % NARROW] = *u;
+                            t += 1;
                         }
                     }
                 }
@@ -225,21 +244,45 @@ fn factor_block(first: usize, panels: &mut [Vec<f32>]) -> Option<Vec<f32>> {
     Some(block)
 }
 
-/// Rows of U right of a factored square: U_square⁻ᵀ · rows.
-fn solve(block: &[f32], n: usize, rows: &mut [f32]) {
-    for i in 0..n {
-        let (above, rest) = rows.split_at_mut(i * WIDE);
-        let row = &mut rest[..WIDE];
-        for (q, x) in above.chunks_exact(WIDE).enumerate() {
-            dispatch(Axpy {
-                a: -block[q * n + i],
-                x,
-                y: row,
-            });
+/// A factored square on the diagonal: −U in panels of [`NARROW`] columns, and its
+/// pivots.
+struct Square {
+    panels: Vec<Vec<f32>>,
+    pivots: Vec<f32>,
+}
+
+impl Square {
+    fn new(block: &[f32], n: usize) -> Square {
+        let negated = |at| {
+            let rows = block.chunks_exact(n);
+            rows.flat_map(|row: &[f32]| row[at..at + NARROW].iter().map(|u| -u))
+                .collect()
+        };
+        Square {
+            panels: (0..n).step_by(NARROW).map(negated).collect(),
+            pivots: (0..n).map(|i| block[i * n + i]).collect(),
         }
-        let pivot = block[i * n + i];
-        for v in row {
-            *v /= pivot;
+    }
+
+    /// Rows of U right of the square: U_square⁻ᵀ · rows.
+    fn solve(&self, rows: &mut [f32]) {
+        for (p, a) in self.panels.iter().enumerate() {
+            let (above, rest) = rows.split_at_mut(p * NARROW * WIDE);
+            let c = &mut rest[..NARROW * WIDE];
+            dispatch(Product {
+                a: &a[..p * NARROW * NARROW],
+                b: above,
+                c,
+            });
+            for i in 0..NARROW {
+                let (x, y) = c[i * WIDE..].split_at_mut(WIDE);
+                let at = p * NARROW + i;
+                for v in &mut *x {
+                    *v /= self.pivots[at];
+                }
+                let a = &a[at * NARROW..][i + 1..NARROW];
+                dispatch(Spread { a, x, y });
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::{Extremes, Grid, Quantized, Spec, Zero};
 use crate::ops::{Cancel, pool, quantize};
 use crate::simd::dispatch;
-use crate::simd::product::{Axpy, NARROW, Product, WIDE};
+use crate::simd::product::{NARROW, Product, Spread, WIDE};
 use crate::simd::sparsity::GROUP;
 use crate::tensor::{DType, Tensor};
 
@@ -116,12 +116,24 @@ pub fn quantize(
             .zip(scales.par_chunks_mut(STRIPE * k / block))
             .zip(zeros.par_chunks_mut(STRIPE * k / block))
             .enumerate()
-            .try_for_each_init(Vec::new, |scratch, (s, ((codes, scales), zeros))| {
-                let first = s * STRIPE * k;
-                let w = w.f32_chunk(first..first + codes.len(), scratch);
-                let stripe = Stripe::new(&plan, &factor, w, (scales, zeros))?;
-                stripe.round(|at, code, _| codes[at] = code, cancel)
-            })?;
+            .try_for_each_init(
+                Default::default,
+                |scratch, (s, ((codes, scales), zeros))| {
+                    let (wide, room, lines): &mut (Vec<f32>, Room, Vec<u8>) = scratch;
+                    let first = s * STRIPE * k;
+                    let w = w.f32_chunk(first..first + codes.len(), wide);
+                    let mut stripe = Stripe::new(&plan, &factor, w, room)?;
+                    lines.resize(STRIPE * k, 0);
+                    let write = |at, codes: &[u8; WIDE], _: &_| {
+                        lines[at..at + WIDE].copy_from_slice(codes);
+                    };
+                    stripe.round(write, cancel)?;
+                    rows_of(lines, k, codes);
+                    rows_of(&room.scales, k / block, scales);
+                    rows_of(&room.zeros, k / block, zeros);
+                    Ok(())
+                },
+            )?;
         Ok((codes, scales, zeros))
     })?;
     let mut parts = assemble(grid, spec, w, extremes, (&codes, &scales, &zeros))?;
@@ -223,17 +235,24 @@ pub(super) struct Plan<'a> {
     pub importance: Option<Importance>,
 }
 
-/// Rows on their way through the columns. Buffers have a panel of [`WIDE`] rows
-/// after the other, in each of them a line of `WIDE` for every column.
+/// Buffers of a thread's stripes. Each has a panel of [`WIDE`] rows after the
+/// other, in each of them a line of `WIDE` for every column or block.
+#[derive(Default)]
+pub(super) struct Room {
+    /// Weights in the factor's order; errors, where they have been rounded.
+    e: Vec<f32>,
+    /// Of blocks in the tensor's order, unless they follow the factor's.
+    scales: Vec<f32>,
+    zeros: Vec<f32>,
+}
+
+/// Rows on their way through the columns.
 pub(super) struct Stripe<'a> {
     plan: &'a Plan<'a>,
     factor: &'a Factor,
     rows: usize,
     panels: usize,
-    /// Weights in the factor's order; errors, where they have been rounded.
-    e: Vec<f32>,
-    scales: &'a mut [f32],
-    zeros: &'a mut [f32],
+    room: &'a mut Room,
 }
 
 impl<'a> Stripe<'a> {
@@ -241,29 +260,33 @@ impl<'a> Stripe<'a> {
         plan: &'a Plan<'a>,
         factor: &'a Factor,
         w: &[f32],
-        (scales, zeros): (&'a mut [f32], &'a mut [f32]),
+        room: &'a mut Room,
     ) -> Result<Stripe<'a>> {
         let k = factor.columns();
-        let rows = w.len() / k;
+        let (rows, blocks) = (w.len() / k, k / plan.block);
         let panels = rows.div_ceil(WIDE);
-        let mut e = vec![0f32; panels * k * WIDE];
-        for (row, w) in w.chunks_exact(k).enumerate() {
-            let panel = &mut e[row / WIDE * k * WIDE..];
-            for (t, &column) in factor.order.iter().enumerate() {
-                panel[t * WIDE + row % WIDE] = w[column as usize];
-            }
-        }
+        // Rows past the last are zeros, and so are their scales.
+        let cleared = |lines: &mut Vec<f32>, columns: usize| {
+            lines.clear();
+            lines.resize(panels * columns * WIDE, 0.0);
+        };
+        cleared(&mut room.e, k);
+        cleared(&mut room.scales, blocks);
+        cleared(&mut room.zeros, blocks);
+        lines_of(w, k, |column| factor.place[column] as usize, &mut room.e);
         if !plan.dynamic {
-            plan.grid.fit(w, plan.block, scales, zeros)?;
+            let mut scales = vec![0f32; rows * blocks];
+            let mut zeros = vec![0f32; rows * blocks];
+            plan.grid.fit(w, plan.block, &mut scales, &mut zeros)?;
+            lines_of(&scales, blocks, |block| block, &mut room.scales);
+            lines_of(&zeros, blocks, |block| block, &mut room.zeros);
         }
         Ok(Stripe {
             plan,
             factor,
             rows,
             panels,
-            e,
-            scales,
-            zeros,
+            room,
         })
     }
 
@@ -271,9 +294,14 @@ impl<'a> Stripe<'a> {
         self.factor.columns()
     }
 
-    /// Rounds all columns: `write` gets the code and the value of every element,
-    /// with its place in the tensor's rows.
-    pub fn round(mut self, mut write: impl FnMut(usize, u8, f32), cancel: &Cancel) -> Result<()> {
+    /// Rounds all columns: `write` gets the codes and the values of a column of a
+    /// panel, and where that line begins in panels of columns in the tensor's
+    /// order, which [`rows_of`] turns into rows.
+    pub fn round(
+        &mut self,
+        mut write: impl FnMut(usize, &[u8; WIDE], &[f32; WIDE]),
+        cancel: &Cancel,
+    ) -> Result<()> {
         let k = self.columns();
         // One by one where scales are known, so that less is kept on the way.
         let step = if self.plan.dynamic {
@@ -302,7 +330,7 @@ impl<'a> Stripe<'a> {
         for at in (first..last).step_by(NARROW) {
             let a = &self.factor.panels[at / NARROW][..first * NARROW];
             for (p, sums) in sums.chunks_exact_mut(height).enumerate() {
-                let b = &self.e[p * k * WIDE..][..first * WIDE];
+                let b = &self.room.e[p * k * WIDE..][..first * WIDE];
                 let c = &mut sums[(at - first) * WIDE..][..NARROW * WIDE];
                 dispatch(Product { a, b, c });
             }
@@ -317,7 +345,7 @@ impl<'a> Stripe<'a> {
         let mut x = vec![0f32; self.rows.next_multiple_of(WIDE) * block];
         for p in 0..self.panels {
             let mut sums = sums[p * height..(p + 1) * height].to_vec();
-            let mut errors = self.e[(p * k + first) * WIDE..(p * k + last) * WIDE].to_vec();
+            let mut errors = self.room.e[(p * k + first) * WIDE..(p * k + last) * WIDE].to_vec();
             self.walk(first, last, &mut sums, &mut errors, |j, free, values| {
                 for lane in 0..WIDE {
                     x[(p * WIDE + lane) * block + j - first] = free[lane];
@@ -329,17 +357,22 @@ impl<'a> Stripe<'a> {
         let mut zeros = vec![0f32; self.rows];
         let x = &x[..self.rows * block];
         self.plan.grid.fit(x, block, &mut scales, &mut zeros)?;
-        // Blocks in their own order unless they follow that of the columns.
-        let column = match self.plan.by_order {
-            true => first,
-            false => self.factor.order[first] as usize,
-        };
-        let (at, blocks) = (column / block, k / block);
-        for row in 0..self.rows {
-            self.scales[row * blocks + at] = scales[row];
-            self.zeros[row * blocks + at] = zeros[row];
+        let (at, blocks) = (self.block_of(first), k / block);
+        for p in 0..self.panels {
+            let rows = p * WIDE..self.rows.min((p + 1) * WIDE);
+            let line = (p * blocks + at) * WIDE..;
+            self.room.scales[line.clone()][..rows.len()].copy_from_slice(&scales[rows.clone()]);
+            self.room.zeros[line][..rows.len()].copy_from_slice(&zeros[rows]);
         }
         Ok(())
+    }
+
+    /// The block that column j of the factor's order belongs to.
+    fn block_of(&self, j: usize) -> usize {
+        match self.plan.by_order {
+            true => j / self.plan.block,
+            false => self.factor.order[j] as usize / self.plan.block,
+        }
     }
 
     /// Goes through columns `first .. last` of one panel. `errors` holds their
@@ -376,24 +409,26 @@ impl<'a> Stripe<'a> {
                         &c[later.clone()],
                     );
                 }
-                let (sum, later) = c[later].split_at_mut(WIDE);
+                let (sum, y) = c[..width * WIDE][later].split_at_mut(WIDE);
                 let error = &mut here[j * WIDE..(j + 1) * WIDE];
                 let inverse = self.factor.inverse_diagonal[at + j];
                 let (mut x, mut values) = ([0f32; WIDE], [0f32; WIDE]);
                 for lane in 0..WIDE {
-                    x[lane] = match kept[lane] >> (j % GROUP) & 1 {
-                        0 => 0.0,
-                        _ => error[lane] + sum[lane] * inverse,
-                    };
+                    x[lane] = error[lane] + sum[lane] * inverse;
+                }
+                if self.plan.importance.is_some() {
+                    for (x, kept) in x.iter_mut().zip(kept) {
+                        if kept >> (j % GROUP) & 1 == 0 {
+                            *x = 0.0;
+                        }
+                    }
                 }
                 each(at + j, &x, &mut values);
                 for (error, value) in error.iter_mut().zip(values) {
                     *error -= value;
                 }
-                for (i, y) in later.chunks_exact_mut(WIDE).take(width - j - 1).enumerate() {
-                    let a = r[(at + j) * NARROW + j + 1 + i];
-                    dispatch(Axpy { a, x: error, y });
-                }
+                let a = &r[(at + j) * NARROW..][j + 1..NARROW];
+                dispatch(Spread { a, x: error, y });
             }
         }
     }
@@ -404,36 +439,61 @@ impl<'a> Stripe<'a> {
         first: usize,
         last: usize,
         sums: &mut [f32],
-        write: &mut impl FnMut(usize, u8, f32),
+        write: &mut impl FnMut(usize, &[u8; WIDE], &[f32; WIDE]),
     ) {
-        let (k, block) = (self.columns(), self.plan.block);
-        let (height, blocks) = (sums.len() / self.panels, k / block);
+        let (k, blocks) = (self.columns(), self.columns() / self.plan.block);
+        let height = sums.len() / self.panels;
         for p in 0..self.panels {
             let rows = WIDE.min(self.rows - p * WIDE);
             let sums = &mut sums[p * height..(p + 1) * height];
             let weights = (p * k + first) * WIDE..(p * k + last) * WIDE;
-            let mut errors = self.e[weights.clone()].to_vec();
+            let mut errors = self.room.e[weights.clone()].to_vec();
             self.walk(first, last, sums, &mut errors, |j, x, values| {
-                let column = self.factor.order[j] as usize;
-                let at = if self.plan.by_order { j } else { column } / block;
-                let (mut scales, mut zeros) = ([0f32; WIDE], [0f32; WIDE]);
-                let mut rounded = [0u8; WIDE];
-                for lane in 0..rows {
-                    scales[lane] = self.scales[(p * WIDE + lane) * blocks + at];
-                    zeros[lane] = self.zeros[(p * WIDE + lane) * blocks + at];
-                }
+                let block = (p * blocks + self.block_of(j)) * WIDE;
+                let mut codes = [0u8; WIDE];
                 self.plan.grid.round(
                     &x[..rows],
-                    &scales[..rows],
-                    &zeros[..rows],
-                    &mut rounded[..rows],
+                    &self.room.scales[block..][..rows],
+                    &self.room.zeros[block..][..rows],
+                    &mut codes[..rows],
                     &mut values[..rows],
                 );
-                for lane in 0..rows {
-                    write((p * WIDE + lane) * k + column, rounded[lane], values[lane]);
-                }
+                let column = self.factor.order[j] as usize;
+                write((p * k + column) * WIDE, &codes, values);
             });
-            self.e[weights].copy_from_slice(&errors);
+            self.room.e[weights].copy_from_slice(&errors);
+        }
+    }
+}
+
+/// Elements of a row that are moved at once: two cache lines.
+const MOVED: usize = 32;
+
+/// Rows of k elements as panels of lines, that of a column at its `place`.
+fn lines_of(x: &[f32], k: usize, place: impl Fn(usize) -> usize, lines: &mut [f32]) {
+    for (rows, panel) in x.chunks(WIDE * k).zip(lines.chunks_exact_mut(WIDE * k)) {
+        for first in (0..k).step_by(MOVED) {
+            let last = k.min(first + MOVED);
+            for (lane, row) in rows.chunks_exact(k).enumerate() {
+                for (column, &v) in (first..last).zip(&row[first..last]) {
+                    panel[place(column) * WIDE + lane] = v;
+                }
+            }
+        }
+    }
+}
+
+/// Rows of k elements out of panels of lines.
+pub(super) fn rows_of<T: Copy>(lines: &[T], k: usize, x: &mut [T]) {
+    for (rows, panel) in x.chunks_mut(WIDE * k).zip(lines.chunks_exact(WIDE * k)) {
+        for first in (0..k).step_by(MOVED) {
+            let last = k.min(first + MOVED);
+            for (lane, row) in rows.chunks_exact_mut(k).enumerate() {
+                let lines = panel[first * WIDE..].chunks_exact(WIDE);
+                for (out, line) in row[first..last].iter_mut().zip(lines) {
+                    *out = line[lane];
+                }
+            }
         }
     }
 }

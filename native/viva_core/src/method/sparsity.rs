@@ -20,7 +20,7 @@ use rayon::prelude::*;
 
 use super::calibrated::{check, take_damping};
 use super::factor::Factor;
-use super::gptq::{Gptq, Plan, STRIPE, Stripe};
+use super::gptq::{Gptq, Plan, Room, STRIPE, Stripe, rows_of};
 use super::gram::Gram;
 use crate::calibration::Statistics;
 use crate::error::{Error, Result};
@@ -189,13 +189,17 @@ fn sparsegpt_into(
     };
     out.par_chunks_mut(STRIPE * k * dtype.size())
         .enumerate()
-        .try_for_each_init(Vec::new, |scratch, (s, out)| {
+        .try_for_each_init(Default::default, |scratch, (s, out)| {
+            let (wide, room, lines): &mut (Vec<f32>, Room, Vec<f32>) = scratch;
             let first = s * STRIPE * k;
-            let w = w.f32_chunk(first..first + out.len() / dtype.size(), scratch);
+            let w = w.f32_chunk(first..first + out.len() / dtype.size(), wide);
+            lines.resize(STRIPE * k, 0.0);
+            let write = |at, _: &_, values: &[f32; WIDE]| {
+                lines[at..at + WIDE].copy_from_slice(values);
+            };
+            Stripe::new(&plan, &factor, w, room)?.round(write, cancel)?;
             let mut values = vec![0f32; w.len()];
-            let (mut scales, mut zeros) = (vec![0f32; w.len() / k], vec![0f32; w.len() / k]);
-            let stripe = Stripe::new(&plan, &factor, w, (&mut scales, &mut zeros))?;
-            stripe.round(|at, _, value| values[at] = value, cancel)?;
+            rows_of(lines, k, &mut values);
             if !dispatch(IsFinite(&values)) {
                 return Err(Error::option(
                     "method",

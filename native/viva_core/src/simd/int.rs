@@ -270,6 +270,72 @@ impl Op for Encode<'_> {
     }
 }
 
+/// Codes and values of elements under scales and zero points of their own; a
+/// float zero point is a bias.
+pub struct Round<'a> {
+    pub grid: Grid,
+    pub float_zero: bool,
+    pub x: &'a [f32],
+    pub scales: &'a [f32],
+    pub zeros: &'a [f32],
+    pub codes: &'a mut [u8],
+    pub values: &'a mut [f32],
+}
+
+impl Op for Round<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let (lo, hi) = (
+            isa.splat(self.grid.lo as f32),
+            isa.splat(self.grid.hi as f32),
+        );
+        let (nothing, round) = (isa.splat(0.0), isa.splat(ROUND));
+        let offset = isa.splat(self.grid.offset as f32);
+        let magnitude = isa.splat_u(0x7fff_ffff);
+        let one = |x: I::F, scale: I::F, zero: I::F| {
+            // How far codes are from what counts as zero, and what that is worth.
+            let (from, to, add, bias) = match (self.float_zero, self.grid.symmetric) {
+                (true, _) => (lo, hi, nothing, zero),
+                (false, true) => (lo, hi, offset, nothing),
+                (false, false) => (isa.sub(lo, zero), isa.sub(hi, zero), zero, nothing),
+            };
+            let ratio = isa.div(isa.sub(x, bias), scale);
+            // Under a scale of zero all is zero.
+            let size = isa.floats(isa.and(isa.bits(scale), magnitude));
+            let ratio = isa.choose(size, nothing, ratio, nothing);
+            let steps = isa.min(isa.max(ratio, from), to);
+            let steps = isa.sub(isa.add(steps, round), round);
+            let code = isa.bits(isa.add(isa.add(steps, add), round));
+            let code = isa.sub_u(code, isa.splat_u(ROUND.to_bits()));
+            (code, isa.add(isa.mul(steps, scale), bias))
+        };
+        let (x, x_tail) = self.x.as_chunks::<LANES>();
+        let (scales, scales_tail) = self.scales.as_chunks::<LANES>();
+        let (zeros, zeros_tail) = self.zeros.as_chunks::<LANES>();
+        let (codes, codes_tail) = self.codes.as_chunks_mut::<LANES>();
+        let (values, values_tail) = self.values.as_chunks_mut::<LANES>();
+        let terms = x.iter().zip(scales).zip(zeros);
+        for (((x, scale), zero), (out, value)) in terms.zip(codes.iter_mut().zip(values)) {
+            let (code, v) = one(isa.load(x), isa.load(scale), isa.load(zero));
+            isa.store_u8(code, out);
+            isa.store(v, value);
+        }
+        if !x_tail.is_empty() {
+            let (code, v) = one(
+                isa.load_part(x_tail, 0.0),
+                isa.load_part(scales_tail, 0.0),
+                isa.load_part(zeros_tail, 0.0),
+            );
+            let mut lanes = [0u8; LANES];
+            isa.store_u8(code, &mut lanes);
+            codes_tail.copy_from_slice(&lanes[..x_tail.len()]);
+            isa.store_part(v, values_tail);
+        }
+    }
+}
+
 /// Values of consecutive codes under one scale: (code − zero) · scale · factor.
 /// Codes are signed bytes for symmetric int8, unsigned otherwise.
 #[inline(always)]

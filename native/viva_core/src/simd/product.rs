@@ -75,23 +75,27 @@ fn tile<I: Isa, const R: usize, const V: usize>(
     }
 }
 
-/// y += a · x, element by element, of slices that are whole vectors.
-pub struct Axpy<'a> {
-    pub a: f32,
+/// y += a · x for lines of y, each with an `a` of its own.
+pub struct Spread<'a> {
+    pub a: &'a [f32],
+    /// One line of [`WIDE`].
     pub x: &'a [f32],
     pub y: &'a mut [f32],
 }
 
-impl Op for Axpy<'_> {
+impl Op for Spread<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let a = isa.splat(self.a);
         let (x, _) = self.x.as_chunks::<LANES>();
-        let (y, _) = self.y.as_chunks_mut::<LANES>();
-        for (x, y) in x.iter().zip(y) {
-            isa.store(isa.fused(a, isa.load(x), isa.load(y)), y);
+        let (y, _) = self.y.as_chunks_mut::<WIDE>();
+        for (&a, y) in self.a.iter().zip(y) {
+            let a = isa.splat(a);
+            let (y, _) = y.as_chunks_mut::<LANES>();
+            for (x, y) in x.iter().zip(y) {
+                isa.store(isa.fused(a, isa.load(x), isa.load(y)), y);
+            }
         }
     }
 }
@@ -134,19 +138,20 @@ mod tests {
     }
 
     #[test]
-    fn axpy_is_fused() {
-        let x: Vec<f32> = (0..48).map(|i| i as f32 / 7.0).collect();
-        let y: Vec<f32> = (0..48).map(|i| 1.0 / (i + 1) as f32).collect();
-        let expected: Vec<f32> = x
-            .iter()
-            .zip(&y)
-            .map(|(x, y)| 0.3f32.mul_add(*x, *y))
-            .collect();
-        for level in levels() {
-            let mut out = y.clone();
-            let y = &mut out;
-            dispatch_at(level, Axpy { a: 0.3, x: &x, y });
-            assert_eq!(out, expected, "{level:?}");
+    fn spreading_is_fused_and_stops_at_the_last_line() {
+        let x: Vec<f32> = (0..WIDE).map(|i| i as f32 / 7.0).collect();
+        let y: Vec<f32> = (0..3 * WIDE).map(|i| 1.0 / (i + 1) as f32).collect();
+        let a = [0.3f32, -0.7, 1.1];
+        for lines in 0..=3 {
+            let y = &y[..lines * WIDE];
+            let fused = |i: usize| a[i / WIDE].mul_add(x[i % WIDE], y[i]);
+            let expected: Vec<f32> = (0..y.len()).map(fused).collect();
+            for level in levels() {
+                let mut out = y.to_vec();
+                let (a, x, y) = (&a[..], &x[..], &mut out[..]);
+                dispatch_at(level, Spread { a, x, y });
+                assert_eq!(out, expected, "{level:?}");
+            }
         }
     }
 

@@ -3,8 +3,9 @@
 use super::Int;
 use crate::error::{Error, Result};
 use crate::format::{Extremes, Granularity, Grid, Scale, Spec, Zero};
-use crate::method::mse::ROUND;
 use crate::simd::bits;
+use crate::simd::dispatch;
+use crate::simd::int::Round;
 use crate::tensor::narrow;
 
 pub(super) struct IntGrid<'a> {
@@ -72,25 +73,15 @@ impl Grid for IntGrid<'_> {
         codes: &mut [u8],
         values: &mut [f32],
     ) {
-        let grid = self.int.grid(self.spec.symmetric);
-        let (lo, hi) = (grid.lo as f32, grid.hi as f32);
-        let terms = x.iter().zip(scales).zip(zeros);
-        for (((&x, &scale), &zero), (code, value)) in
-            terms.zip(codes.iter_mut().zip(values.iter_mut()))
-        {
-            // How far codes are from what counts as zero, and what that is worth.
-            let (from, to, add, bias) = match (self.float_zero(), self.spec.symmetric) {
-                (true, _) => (lo, hi, 0.0, zero),
-                (false, true) => (lo, hi, grid.offset as f32, 0.0),
-                (false, false) => (lo - zero, hi - zero, zero, 0.0),
-            };
-            let steps = match scale == 0.0 {
-                true => 0.0f32.clamp(from, to),
-                false => ((x - bias) / scale).clamp(from, to) + ROUND - ROUND,
-            };
-            *code = (steps + add) as i32 as u8;
-            *value = steps * scale + bias;
-        }
+        dispatch(Round {
+            grid: self.int.grid(self.spec.symmetric),
+            float_zero: self.float_zero(),
+            x,
+            scales,
+            zeros,
+            codes,
+            values,
+        });
     }
 
     fn store(&self, codes: &[u8], scales: &[f32], zeros: &[f32]) -> Result<Vec<Vec<u8>>> {
