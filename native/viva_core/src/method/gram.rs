@@ -41,16 +41,12 @@ impl Gram {
     /// Writes column j, from its first row to its last.
     pub fn read_column(&self, j: usize, out: &mut [f32]) {
         let own = j / WIDE;
-        let (above, rest) = out.split_at_mut(own * WIDE);
-        for (out, row) in above.iter_mut().zip(self.panels[own].chunks_exact(WIDE)) {
-            *out = row[j % WIDE];
-        }
-        for (p, out) in (own..).zip(rest.chunks_mut(WIDE)) {
-            // From the diagonal on it is a row.
+        // From the diagonal on it is a row.
+        for (p, out) in (own..).zip(out[own * WIDE..].chunks_mut(WIDE)) {
             out.copy_from_slice(&self.panels[p][j * WIDE..][..out.len()]);
         }
-        for i in own * WIDE..j {
-            out[i] = self.at(i, j);
+        for (out, row) in out[..j].iter_mut().zip(self.panels[own].chunks_exact(WIDE)) {
+            *out = row[j % WIDE];
         }
     }
 
