@@ -10,8 +10,8 @@ use crate::error::Result;
 use crate::format::{Extremes, Granularity, Spec};
 use crate::ops::quantize::round_trip;
 use crate::ops::{Cancel, pool};
-use crate::simd::dispatch;
 use crate::simd::product::{NARROW, Product, WIDE};
+use crate::simd::{Isa, LANES, Op, dispatch};
 use crate::tensor::Tensor;
 
 /// Exponents that the scale search tries: 0, 1/20 … 19/20.
@@ -25,6 +25,9 @@ const LONGEST_CLIPPED: usize = 512;
 
 /// Rows whose error is computed together.
 const STRIPE: usize = 4 * NARROW;
+
+/// Sums of tokens that estimate what all of them would say.
+const SKETCHED: usize = 2 * WIDE;
 
 /// Elements of the inner dimension that are multiplied at once, from L2.
 const DEPTH: usize = 512;
@@ -80,6 +83,38 @@ impl Tokens {
     }
 }
 
+/// Sums of tokens under random signs, and then each column as large as in `x`:
+/// the output error on them is an estimate of that on all, its expectation the
+/// same (Charikar et al., "Finding Frequent Items in Data Streams", 2002).
+fn sketch(x: &[f32], k: usize) -> Vec<f32> {
+    let mut sums = vec![0f32; SKETCHED * k];
+    let (mut before, mut after) = (vec![0f64; k], vec![0f64; k]);
+    for (t, row) in x.chunks_exact(k).enumerate() {
+        let hash = (t as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let hash = (hash ^ (hash >> 32)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let sign = if hash >> 63 == 0 { 1.0 } else { -1.0 };
+        let sum = &mut sums[t % SKETCHED * k..][..k];
+        for ((sum, before), x) in sum.iter_mut().zip(&mut before).zip(row) {
+            *sum += sign * x;
+            *before += f64::from(x * x);
+        }
+    }
+    for row in sums.chunks_exact(k) {
+        for (after, x) in after.iter_mut().zip(row) {
+            *after += f64::from(x * x);
+        }
+    }
+    let ratios = before.iter().zip(&after);
+    let norms: Vec<f32> = ratios
+        .map(|(before, after)| match after.is_normal() {
+            true => (before / after).sqrt() as f32,
+            false => 1.0,
+        })
+        .collect();
+    input::scale(&mut sums, &norms);
+    sums
+}
+
 /// A weight, and what it is quantized with.
 pub type Weight<'a> = (&'a Tensor, &'a Spec);
 
@@ -87,6 +122,9 @@ pub type Weight<'a> = (&'a Tensor, &'a Spec);
 /// `weights` together, which read the same input, and `None` where none is better
 /// than leaving them. `x` are activations, `mean` the mean magnitude of each of
 /// their columns.
+///
+/// Where tokens are many, a sketch of them says which exponents come close to
+/// the best; only those are judged by all tokens.
 ///
 /// # Errors
 /// Those of quantizing; `Cancelled`.
@@ -97,7 +135,7 @@ pub fn search(
     cancel: &Cancel,
 ) -> Result<Option<Vec<f32>>> {
     pool::run(|| {
-        let tokens = Tokens::new(x, mean.len());
+        let k = mean.len();
         let plain = |spec: &Spec| Spec {
             // Scales of scales hardly change which weights suffer.
             double_quant: false,
@@ -105,18 +143,36 @@ pub fn search(
         };
         let specs: Vec<Spec> = weights.iter().map(|(_, spec)| plain(spec)).collect();
         let roots: Vec<f64> = mean.iter().map(|&m| twentieth_root(f64::from(m))).collect();
-        let mut best = (f64::INFINITY, None);
-        for point in 0..POINTS {
-            let s = normalized(roots.iter().map(|root| root.powi(point as i32)));
-            let mut total = 0.0;
-            for ((w, _), spec) in weights.iter().zip(&specs) {
-                total += loss(w, spec, &tokens, &s, cancel)?;
-            }
-            if total < best.0 {
-                best = (total, (point > 0).then_some(s));
+        let points: Vec<Vec<f32>> = (0..POINTS as i32)
+            .map(|point| normalized(roots.iter().map(|root| root.powi(point))))
+            .collect();
+        let total = |tokens: &Tokens, point: usize| {
+            let pairs = weights.iter().zip(&specs);
+            let losses = pairs.map(|((w, _), spec)| loss(w, spec, tokens, &points[point], cancel));
+            losses.sum::<Result<f64>>()
+        };
+        let mut close: Vec<usize> = (0..POINTS).collect();
+        if x.len() / k >= 4 * SKETCHED {
+            let tokens = Tokens::new(&sketch(x, k), k);
+            let estimates: Vec<f64> = close
+                .iter()
+                .map(|&point| total(&tokens, point))
+                .collect::<Result<_>>()?;
+            let least = estimates.iter().copied().fold(f64::INFINITY, f64::min);
+            // Four times the error of an estimate from rows that are independent.
+            let rows: usize = weights.iter().map(|(w, _)| w.len() / k).sum();
+            let error = (2.0 / (SKETCHED * rows.max(1)) as f64).sqrt();
+            close.retain(|&point| estimates[point] <= least * (1.0 + 4.0 * error));
+        }
+        let tokens = Tokens::new(x, k);
+        let mut best = (f64::INFINITY, 0);
+        for point in close {
+            let loss = total(&tokens, point)?;
+            if loss < best.0 {
+                best = (loss, point);
             }
         }
-        Ok(best.1)
+        Ok((best.1 > 0).then(|| points[best.1].clone()))
     })
 }
 
@@ -159,25 +215,61 @@ fn loss(w: &Tensor, spec: &Spec, tokens: &Tokens, s: &[f32], cancel: &Cancel) ->
             let first = stripe * STRIPE * k;
             let end = w.len().min(first + STRIPE * k);
             let rows = w.f32_chunk(first..end, &mut scratch.wide);
-            scratch.scaled.clear();
-            scratch.scaled.extend_from_slice(rows);
-            input::scale(&mut scratch.scaled, s);
-            round_trip(spec, extremes, k, &scratch.scaled, &mut scratch.rounded)?;
-            scratch.d.clear();
             scratch.d.resize(STRIPE * k, 0.0);
-            let rounded = scratch.rounded.chunks_exact(k);
-            for (r, (row, rounded)) in rows.chunks_exact(k).zip(rounded).enumerate() {
-                let panel = &mut scratch.d[r / NARROW * NARROW * k..];
-                let lines = panel.chunks_exact_mut(NARROW);
-                for (((line, w), rounded), s) in lines.zip(row).zip(rounded).zip(s) {
-                    line[r % NARROW] = w - rounded / s;
-                }
+            scratch.d[rows.len().next_multiple_of(NARROW * k).min(STRIPE * k)..].fill(0.0);
+            // Few rows at once: they stay in the L2 cache.
+            let panels = scratch.d.chunks_exact_mut(NARROW * k);
+            for (rows, panel) in rows.chunks(NARROW * k).zip(panels) {
+                scratch.scaled.clear();
+                scratch.scaled.extend_from_slice(rows);
+                input::scale(&mut scratch.scaled, s);
+                round_trip(spec, extremes, k, &scratch.scaled, &mut scratch.rounded)?;
+                dispatch(Errors {
+                    w: rows,
+                    rounded: &scratch.rounded,
+                    s,
+                    panel,
+                });
             }
             Ok(tokens.output_error(&scratch.d))
         })
         .collect::<Result<Vec<f64>>>()?;
     // In the order of the stripes: not that in which threads end.
     Ok(losses.iter().sum())
+}
+
+/// w − rounded / s of up to [`NARROW`] rows as a panel, zeros for rows past them.
+struct Errors<'a> {
+    w: &'a [f32],
+    rounded: &'a [f32],
+    s: &'a [f32],
+    panel: &'a mut [f32],
+}
+
+impl Op for Errors<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let k = self.s.len();
+        let (lines, _) = self.panel.as_chunks_mut::<NARROW>();
+        for (at, lines) in (0..k).step_by(LANES).zip(lines.chunks_mut(LANES)) {
+            let end = at + lines.len();
+            let vector = |x: &[f32]| match x[at..end].first_chunk() {
+                Some(x) => isa.load(x),
+                None => isa.load_part(&x[at..end], 1.0),
+            };
+            let s = vector(self.s);
+            let mut errors = [[0f32; LANES]; NARROW];
+            let rows = self.w.chunks_exact(k).zip(self.rounded.chunks_exact(k));
+            for ((w, rounded), e) in rows.zip(&mut errors) {
+                isa.store(isa.sub(vector(w), isa.div(vector(rounded), s)), e);
+            }
+            for (t, line) in lines.iter_mut().enumerate() {
+                *line = errors.map(|e| e[t]);
+            }
+        }
+    }
 }
 
 #[derive(Default)]
@@ -316,6 +408,7 @@ fn quadratic(e: &[f32], panels: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::DType;
 
     #[test]
     fn roots_are_roots() {
@@ -325,6 +418,63 @@ mod tests {
             assert!((y / x - 1.0).abs() < 1e-12, "{x}: {y}");
         }
         assert_eq!(twentieth_root(0.0), 0.0);
+    }
+
+    /// The search with every point judged by all tokens.
+    fn exhaustive(w: &Tensor, spec: &Spec, x: &[f32], mean: &[f32]) -> Option<Vec<f32>> {
+        let tokens = Tokens::new(x, w.row_len());
+        let roots: Vec<f64> = mean.iter().map(|&m| twentieth_root(f64::from(m))).collect();
+        let points = (0..POINTS as i32)
+            .map(|point| normalized(roots.iter().map(|root| root.powi(point))))
+            .map(|s| (loss(w, spec, &tokens, &s, &Cancel::new()).unwrap(), s));
+        let (at, (_, s)) = points
+            .enumerate()
+            .min_by(|(_, a), (_, b)| a.0.total_cmp(&b.0))?;
+        (at > 0).then_some(s)
+    }
+
+    #[test]
+    fn a_sketch_does_not_change_what_is_found() {
+        let (n, k, tokens) = (70, 256, 300);
+        let mut state = 1u64;
+        let mut value = || {
+            let draw = |_| {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+            };
+            (0..4).map(draw).sum::<f32>()
+        };
+        // Columns of other strengths and more alike from case to case, up to a few
+        // that outweigh all others.
+        for (alike, outliers) in [(0.0, 1.0), (0.5, 4.0), (0.9, 20.0), (0.2, 300.0)] {
+            let w: Vec<f32> = (0..n * k).map(|_| value()).collect();
+            let w = Tensor::from_slice(DType::F32, &[n, k], &w).unwrap();
+            let strengths: Vec<f32> = (0..k).map(|_| (3.0 * value()).exp()).collect();
+            let mut x = Vec::new();
+            for _ in 0..tokens {
+                let shared = value();
+                for (j, strength) in strengths.iter().enumerate() {
+                    let v = alike * shared + (1.0 - alike) * value();
+                    let strength = strength * if j % 50 == 7 { outliers } else { 1.0 };
+                    x.push(v * strength);
+                }
+            }
+            let column = |j| x.iter().skip(j).step_by(k);
+            let mean: Vec<f32> = (0..k)
+                .map(|j| column(j).map(|v| v.abs()).sum::<f32>() / tokens as f32)
+                .collect();
+            for format in ["int4", "int3", "nf4"] {
+                let spec = crate::format::spec(format, Vec::new()).unwrap();
+                let found = search(&[(&w, &spec)], &x, &mean, &Cancel::new()).unwrap();
+                assert_eq!(
+                    found,
+                    exhaustive(&w, &spec, &x, &mean),
+                    "{format}, {outliers}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -102,7 +102,6 @@ pub(crate) fn round_trip(
         shape,
         dtype: DType::F32,
     };
-    out.clear();
     out.resize(x.len(), 0.0);
     format.decoder(&q)?.decode(0, out);
     Ok(())

@@ -39,6 +39,8 @@ pub trait Isa: Copy {
     fn round_f16(self, v: Self::F) -> Self::F;
     /// Signed integers to floats.
     fn int_to_float(self, v: Self::U) -> Self::F;
+    /// Whole numbers below 2³¹ to signed integers.
+    fn float_to_int(self, v: Self::F) -> Self::U;
     /// `table[index]` a lane; indices are below 16.
     fn lookup(self, table: Self::F, index: Self::U) -> Self::F;
 
@@ -165,6 +167,10 @@ impl Isa for Portable {
     #[inline(always)]
     fn int_to_float(self, v: Self::U) -> Self::F {
         v.map(|v| v as i32 as f32)
+    }
+    #[inline(always)]
+    fn float_to_int(self, v: Self::F) -> Self::U {
+        v.map(|v| v as i32 as u32)
     }
     #[inline(always)]
     fn lookup(self, table: Self::F, index: Self::U) -> Self::F {
