@@ -52,6 +52,10 @@ impl Default for Gptq {
 /// Rows that go through the columns together: two panels for each one of R read.
 pub(super) const STRIPE: usize = 2 * WIDE;
 
+/// Columns whose errors are multiplied at once, from L1, and that are rounded
+/// together where no block says how many.
+const STEP: usize = 128;
+
 /// Quantizes `w` so that its error costs little on activations of this Gram
 /// matrix.
 ///
@@ -303,11 +307,10 @@ impl<'a> Stripe<'a> {
         cancel: &Cancel,
     ) -> Result<()> {
         let k = self.columns();
-        // One by one where scales are known, so that less is kept on the way.
         let step = if self.plan.dynamic {
             self.plan.block
         } else {
-            NARROW
+            STEP
         };
         let mut sums = vec![0f32; self.panels * step.next_multiple_of(NARROW) * WIDE];
         for first in (0..k).step_by(step) {
@@ -327,12 +330,15 @@ impl<'a> Stripe<'a> {
         let k = self.columns();
         let height = sums.len() / self.panels;
         sums.fill(0.0);
-        for at in (first..last).step_by(NARROW) {
-            let a = &self.factor.panels[at / NARROW][..first * NARROW];
-            for (p, sums) in sums.chunks_exact_mut(height).enumerate() {
-                let b = &self.room.e[p * k * WIDE..][..first * WIDE];
-                let c = &mut sums[(at - first) * WIDE..][..NARROW * WIDE];
-                dispatch(Product { a, b, c });
+        for (p, sums) in sums.chunks_exact_mut(height).enumerate() {
+            for from in (0..first).step_by(STEP) {
+                let to = first.min(from + STEP);
+                let b = &self.room.e[(p * k + from) * WIDE..(p * k + to) * WIDE];
+                for at in (first..last).step_by(NARROW) {
+                    let a = &self.factor.panels[at / NARROW][from * NARROW..to * NARROW];
+                    let c = &mut sums[(at - first) * WIDE..][..NARROW * WIDE];
+                    dispatch(Product { a, b, c });
+                }
             }
         }
     }

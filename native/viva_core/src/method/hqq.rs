@@ -135,7 +135,7 @@ fn tenth_root_inverse<I: Isa>(isa: I, a: I::F) -> I::F {
     let bits = isa.mul(isa.int_to_float(isa.bits(a)), isa.splat(0.1));
     let mut y = isa.floats(isa.float_to_int(isa.sub(isa.splat(1.1 * ONE), bits)));
     let (full, tenth) = (isa.splat(1.1), isa.splat(0.1));
-    for _ in 0..3 {
+    for _ in 0..4 {
         let y2 = isa.mul(y, y);
         let y5 = isa.mul(isa.mul(y2, y2), y);
         // y⁵ twice: y¹⁰ of the largest numbers has few bits left.
