@@ -10,7 +10,7 @@
 //! | `sparsegpt` | R_jj | make up for those that go (Frantar and Alistarh, 2023) |
 //!
 //! R is the factor of [`super::factor`]: (w·R_jj)² is what the output loses with
-//! the weight when all later ones do their best to make up for it, the w²/[H⁻¹]_jj
+//! the weight when all later ones do their best to make up for it, the `w²/[H⁻¹]_jj`
 //! of the paper. SparseGPT goes through the columns as GPTQ does, with zero for
 //! what goes and the weight as it has become for what stays. In a pass that also
 //! rounds what stays, both errors go on to later columns together, and each of the
