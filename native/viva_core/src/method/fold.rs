@@ -204,7 +204,7 @@ impl Known<'_> {
 
 /// Tensors of one dimension that are divided with `into`, its own first.
 fn vectors<'a>(source: &'a Checkpoint, group: &Group) -> Vec<&'a Entry> {
-    let bias = group.into.replace(".weight", ".bias");
+    let bias = format!("{}.bias", module(&group.into));
     let own = (!group.rows).then_some(group.into.as_str());
     let names = own.into_iter().chain([bias.as_str()]);
     names.filter_map(|name| source.entry(name).ok()).collect()
