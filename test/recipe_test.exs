@@ -75,6 +75,8 @@ defmodule VivaTensor.RecipeTest do
       recipe = Recipe.new!(:gptq, format: :int3, exclude: "lm_head")
       assert {recipe.format, recipe.layout, recipe.settings.symmetric} == {:int3, :gptq, false}
       assert [%Regex{}] = recipe.exclude
+      assert recipe.settings.scales == :mse
+      assert Recipe.new!(:gptq, method: :rtn).settings.method == :rtn
 
       assert {:error, %Error{reason: {:unknown_recipe, %{name: "nf5", known: known}}}} =
                Recipe.new(:nf5)

@@ -61,6 +61,9 @@ defmodule VivaTensor.Job do
   - `:recipe` - a `VivaTensor.Recipe`, the name of one with more of its options beside
     it, or a `VivaTensor.Conversion`; without it, all options of a recipe: see
     `VivaTensor.Recipe.new/2`
+  - `:statistics` - for methods that look at activations: what the layers of this model
+    meet, in a `VivaTensor.Calibration` or the file of one. Every weight that is
+    quantized needs an entry. It may go beside a `VivaTensor.Recipe` too
   - `:convert` - the layout of a conversion, with `:dtype` if floats are to be cast:
     see `VivaTensor.Conversion.new/1`
 

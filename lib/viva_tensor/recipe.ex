@@ -110,7 +110,7 @@ defmodule VivaTensor.Recipe do
 
   def new(preset, opts) when is_atom(preset) and is_list(opts) do
     case Presets.fetch(preset) do
-      {:ok, options} -> options |> Keyword.merge(opts) |> new()
+      {:ok, options} -> options |> beside(opts) |> Keyword.merge(opts) |> new()
       :error -> unknown(preset)
     end
   end
@@ -259,6 +259,11 @@ defmodule VivaTensor.Recipe do
 
   defp statistics(%Calibration{}), do: "in memory"
   defp statistics(path), do: path
+
+  # How a preset's method chooses scales is nothing to another method.
+  defp beside(options, opts) do
+    if opts[:method], do: Keyword.delete(options, :scales), else: options
+  end
 
   defp fetch_format(own) do
     case Keyword.get(own, :format) do

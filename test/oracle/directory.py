@@ -62,6 +62,18 @@ class Directory:
         return {row["name"]: row for row in self.report["tensors"] if row["action"] == action}
 
     @property
+    def divided(self):
+        """Names of kept vectors that the scales of the layers after them were folded into."""
+        return {name for name, row in self.kept.items() if (row["reason"] or "").endswith("divided by scales")}
+
+    def values(self):
+        """What the written model computes with, where it is not the source's: by name."""
+        for name in self.quantized:
+            yield name, self.ours[name]
+        for name in self.divided:
+            yield name, self.stored[name]
+
+    @property
     def modules(self):
         """Names of the modules whose weight is quantized."""
         return {name.removesuffix(".weight") for name in self.quantized}

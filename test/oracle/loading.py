@@ -47,8 +47,8 @@ def check_logits(directory, findings, logits_of):
     """Holds a program's logits to those of the float model with our dequantized
     weights, within 2 % of the largest: programs round activations to 16 bits."""
     model = AutoModelForCausalLM.from_pretrained(directory.source_path, dtype=torch.float32)
-    for name in directory.quantized:
-        model.get_parameter(name).copy_(directory.ours[name].float())
+    for name, value in directory.values():
+        model.get_parameter(name).copy_(value.float())
     tokens = (torch.arange(48).reshape(2, 24) * 37 + 1) % model.config.vocab_size
     expected = model(tokens).logits
     off = (logits_of(tokens) - expected).abs().max() / expected.abs().max()

@@ -61,6 +61,14 @@ CAUSAL = [
         for bits in (8, 6, 5, 4, 3, 2)
     ),
 ]
+# By what was recorded of one model.
+CALIBRATED = [
+    ("awq", ["--recipe", "awq"], against_awq),
+    ("awq gptq", ["--recipe", "awq_gptq"], against_awq),
+    ("gptq", ["--recipe", "gptq"], against_gptq),
+    ("gptq int3", ["--recipe", "gptq", "--format", "int3"], against_gptq),
+    ("awq int3", ["--recipe", "awq", "--format", "int3", "--layout", "gptq"], against_gptq),
+]
 SHOWN_PROBLEMS = 5
 
 
@@ -108,14 +116,20 @@ def check(name, source, label, flags, oracle, perplexity):
 
 
 def check_report(directory, findings):
-    """The report names every tensor once, quantized as the files say or kept bit for bit."""
+    """The report names every tensor once, quantized as the files say, or kept bit for bit
+    but for those that scales were folded into."""
     names = set(directory.quantized) | set(directory.kept)
     findings.check("report", names == directory.source.names(), "it does not name the tensors of the source")
     same = directory.ours.names() == set(directory.quantized)
     findings.check("report", same, "it does not name the quantized tensors of the files")
     findings.check("report", directory.quantized, "nothing is quantized")
     for name in directory.kept:
-        findings.equal("kept", name, directory.stored.get(name), directory.source[name])
+        stored, source = directory.stored.get(name), directory.source[name]
+        if name in directory.divided:
+            alike = stored is not None and (stored.dtype, stored.shape) == (source.dtype, source.shape)
+            findings.check("divided", alike, f"{name} is no vector of the source's kind")
+        else:
+            findings.equal("kept", name, stored, source)
 
 
 def quality(directory):
@@ -132,7 +146,10 @@ def arguments():
     parser.add_argument("--text", type=Path, help="a text that the model was not trained on")
     parser.add_argument("--window", type=int, default=256, help="tokens of a window (256)")
     parser.add_argument("--windows", type=int, default=20, help="how many windows, from the start (20)")
+    parser.add_argument("--statistics", type=Path, help="of one MODEL_DIR: checks the methods that look at them")
     given = parser.parse_args()
+    if given.statistics and len(given.models) != 1:
+        parser.error("--statistics FILE is of one MODEL_DIR")
     if given.perplexity and not given.text:
         parser.error("--perplexity needs --text FILE")
     for model in given.models:
@@ -157,7 +174,11 @@ def main():
         perplexity = None
         if given.perplexity and is_causal(source):
             perplexity = Perplexity(source, given.text, given.window, given.windows)
-        for label, flags, oracle in FORMATS + CAUSAL * is_causal(source):
+        checks = FORMATS + CAUSAL * is_causal(source)
+        if given.statistics:
+            seen = ["--statistics", given.statistics]
+            checks = [(label, flags + seen, oracle) for label, flags, oracle in CALIBRATED]
+        for label, flags, oracle in checks:
             good &= check(name, source, label, flags, oracle, perplexity)
     if not against_awq.GPTQMODEL:
         say("SKIPPED: AWQ and GPTQ directories were not loaded in transformers; that needs the package gptqmodel")

@@ -33,12 +33,12 @@ class Perplexity:
 
     @torch.no_grad()
     def of(self, directory):
-        """With the weights that the directory dequantizes to."""
+        """With the weights that the directory dequantizes to, and the norms that it has."""
         saved = {}
-        for name in directory.quantized:
+        for name, value in directory.values():
             parameter = self.model.get_parameter(name)
             saved[name] = parameter.clone()
-            parameter.copy_(directory.ours[name])
+            parameter.copy_(value)
         result = self.measure()
         for name, value in saved.items():
             self.model.get_parameter(name).copy_(value)

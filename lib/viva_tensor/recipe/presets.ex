@@ -4,6 +4,8 @@ defmodule VivaTensor.Recipe.Presets do
 
   @groups_of_128 [format: :int4, block_size: 128, symmetric: false]
   @awq @groups_of_128 ++ [layout: :awq]
+  # Methods that look at activations gain more from searched scales than they cost.
+  @searched [scales: :mse]
 
   @presets [
     int8: {"8-bit integers, one scale a row, as LLM.int8() loads them", [format: :int8]},
@@ -11,12 +13,14 @@ defmodule VivaTensor.Recipe.Presets do
     nf4: {"the 4-bit table of QLoRA, scales quantized too", [format: :nf4, double_quant: true]},
     int4: {"4-bit integers in groups of 128 with zero points", @awq},
     awq:
-      {"the same, columns scaled and blocks clipped by what they meet", @awq ++ [method: :awq]},
+      {"the same, columns scaled and blocks clipped by what they meet",
+       @awq ++ [method: :awq] ++ @searched},
     awq_gptq:
-      {"the same, columns scaled, then rounded one after the other", @awq ++ [method: :awq_gptq]},
+      {"the same, columns scaled, then rounded one after the other",
+       @awq ++ [method: :awq_gptq] ++ @searched},
     gptq:
       {"4-bit integers in groups of 128, rounded one column after the other",
-       @groups_of_128 ++ [layout: :gptq, method: :gptq]},
+       @groups_of_128 ++ [layout: :gptq, method: :gptq] ++ @searched},
     smoothquant:
       {"8-bit integers whose activations fit in 8 bits too",
        [format: :int8, method: :smoothquant]},
