@@ -6,7 +6,7 @@ import importlib.util
 import numpy
 import torch
 
-from loading import check_linears, forward, load
+from loading import check_linears, check_logits, forward, load
 
 # Output column of each nibble of a word, from its low end.
 COLUMN = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -23,6 +23,9 @@ def check(directory, findings):
         parts = unpack(directory.stored, name.removesuffix(".weight"))
         values = torch.from_numpy(dequantize(*parts))
         findings.equal("values", name, directory.ours[name], values)
+        # Codes that were chosen by activations are no one else's.
+        if directory.settings["method"] != "rtn":
+            continue
         group = parts[0].shape[1] // parts[1].shape[1]
         made = quantize(directory.source[name], group)
         for kind, found, expected in zip(("codes", "zeros", "scales"), parts, made):
@@ -35,7 +38,10 @@ def check(directory, findings):
         check_linears(model, directory, findings, lambda module: hasattr(module, "qweight"))
         check_loaded(model, directory, findings)
         findings.check("forward", forward(model), "NaN or infinite")
-    return ""
+    if model is None or not directory.causal:
+        return ""
+    with torch.no_grad():
+        return check_logits(directory, findings, lambda tokens: model(tokens).logits.float())
 
 
 def check_names(directory, findings):
