@@ -2,16 +2,19 @@
 //!
 //! The tolerance: a sum of k products in f32, in whatever order and fused or
 //! not, is off by at most k · 2⁻²⁴ · Σ|x||w| (to first order; twice that is
-//! allowed here), and a result in f16 or bf16 by its own last rounding more.
+//! allowed here), by 2⁻¹⁵⁰ a step where it is subnormal, and a result in f16 or
+//! bf16 by its own last rounding more.
 
 mod support;
 
-use support::{every_spec, f32_tensor, float_tensor, gaussian, make, on_every_level, quantized};
+use support::{
+    every_spec, f32_tensor, float_tensor, gaussian, make, on_every_level, quantized, yes,
+};
 use viva_core::format::{Quantized, Spec};
-use viva_core::ops::Cancel;
 use viva_core::ops::dequantize::dequantize;
-use viva_core::ops::matmul::{matmul_into, matmul_shape};
+use viva_core::ops::matmul::{BATCH, matmul_into, matmul_shape};
 use viva_core::ops::quantize::quantize;
+use viva_core::ops::{Cancel, pool};
 use viva_core::tensor::{DType, Tensor};
 use viva_core::{Error, Result};
 
@@ -49,8 +52,8 @@ fn check(x: &Tensor, q: &Quantized, dtype: DType) {
                 sum += f64::from(x) * f64::from(w);
                 magnitudes += (f64::from(x) * f64::from(w)).abs();
             }
-            let tolerance =
-                2.0 * k as f64 * 2f64.powi(-24) * magnitudes + relative * sum.abs() * 1.001 + least;
+            let steps = 2.0 * k as f64 * (2f64.powi(-24) * magnitudes + 2f64.powi(-150));
+            let tolerance = steps + relative * sum.abs() * 1.001 + least;
             let got = f64::from(y[i * n + j]);
             assert!(
                 (got - sum).abs() <= tolerance,
@@ -131,6 +134,116 @@ fn leading_dimensions_are_a_batch() {
     }
 }
 
+/// Around the edges of panels, blocks of weights and slices of k.
+#[test]
+fn batches_of_every_cut() {
+    on_every_level("batches_of_every_cut", |digest| {
+        for (n, k) in [
+            (1, 1023),
+            (31, 64),
+            (32, 1024),
+            (33, 1025),
+            (65, 2080),
+            (130, 96),
+        ] {
+            let w = f32_tensor(&[n, k], &gaussian(n * k, 15));
+            let mut specs = vec![
+                make("int8", &[]),
+                make("int8", &[("symmetric", yes(false))]),
+            ];
+            if k % 32 == 0 {
+                specs.extend([make("nf4", &[]), make("q4_0", &[]), make("mxfp4", &[])]);
+            }
+            for spec in specs {
+                let q = quantized(&w, &spec);
+                for m in [7, 8, 9, 16, 33, 129] {
+                    let x = f32_tensor(&[m, k], &gaussian(m * k, m as u64));
+                    check(&x, &q, DType::F32);
+                    if m >= BATCH {
+                        digest.bytes(matmul(&x, &q, DType::F32).unwrap().bytes());
+                    }
+                }
+            }
+        }
+        let w = quantized(
+            &f32_tensor(&[40, 96], &gaussian(3840, 16)),
+            &make("nf4", &[]),
+        );
+        let values = gaussian(11 * 96, 17);
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            check(
+                &support::unaligned_tensor(dtype, &[11, 96], &values),
+                &w,
+                dtype,
+            );
+        }
+    });
+}
+
+/// Neither the pool nor the other rows of x change a bit of a row's result.
+#[test]
+fn rows_are_the_same_bits_in_any_company() {
+    let (n, k) = (200, 1100);
+    let w = f32_tensor(&[n, k], &gaussian(n * k, 18));
+    let values = gaussian(150 * k, 19);
+    let q = quantized(&w, &make("int8", &[]));
+    let product = |rows: std::ops::Range<usize>| {
+        let x = f32_tensor(&[rows.len(), k], &values[rows.start * k..rows.end * k]);
+        matmul(&x, &q, DType::F32).unwrap().to_f32_vec()
+    };
+    pool::configure(1).unwrap();
+    let (tokens, batch) = (product(3..3 + BATCH - 1), product(0..150));
+    for threads in [1, 2, 5] {
+        pool::configure(threads).unwrap();
+        assert_eq!(product(0..150), batch, "{threads}");
+        assert_eq!(product(140..150), batch[140 * n..], "{threads}");
+        for (i, tokens) in tokens.chunks(n).enumerate() {
+            assert_eq!(product(3 + i..4 + i), tokens, "{threads}");
+        }
+    }
+}
+
+/// What is not a number, or hardly one, stays in its own row.
+#[test]
+fn odd_activations_of_a_batch() {
+    on_every_level("odd_activations_of_a_batch", |_| {
+        let (n, k) = (37, 96);
+        let q = quantized(
+            &f32_tensor(&[n, k], &gaussian(n * k, 20)),
+            &make("nf4", &[]),
+        );
+        let weights = dequantize(&q).unwrap();
+        for m in [5, 8, 13] {
+            let mut values = gaussian(m * k, 21);
+            values[..k].fill(0.0);
+            values[k..2 * k].iter_mut().for_each(|v| *v *= 1e-40);
+            values[2 * k + 5] = f32::NAN;
+            values[3 * k + 7] = f32::NEG_INFINITY;
+            let y = matmul(&f32_tensor(&[m, k], &values), &q, DType::F32).unwrap();
+            let y = y.to_f32_vec();
+            assert!(y[..n].iter().all(|&v| v == 0.0));
+            assert!(y[2 * n..3 * n].iter().all(|v| v.is_nan()));
+            for (y, w) in y[3 * n..4 * n].iter().zip(weights.chunks(k)) {
+                match w[7] {
+                    0.0 => assert!(y.is_nan()),
+                    w => assert_eq!(*y, f32::NEG_INFINITY * w),
+                }
+            }
+            // The others, by themselves.
+            let tame: Vec<usize> = (0..m).filter(|i| ![2, 3].contains(i)).collect();
+            let rows = tame.iter().flat_map(|i| &values[i * k..(i + 1) * k]);
+            let x = f32_tensor(&[tame.len(), k], &rows.copied().collect::<Vec<f32>>());
+            check(&x, &q, DType::F32);
+            if tame.len() >= BATCH {
+                let alone = matmul(&x, &q, DType::F32).unwrap().to_f32_vec();
+                for (alone, i) in alone.chunks(n).zip(tame) {
+                    assert_eq!(alone, &y[i * n..(i + 1) * n]);
+                }
+            }
+        }
+    });
+}
+
 /// Several tiles of weights and rows longer than a chunk of work.
 #[test]
 fn large_products() {
@@ -139,7 +252,7 @@ fn large_products() {
             let w = f32_tensor(&[n, k], &gaussian(n * k, 5));
             for spec in [make("int8", &[]), make("nf4", &[])] {
                 let q = quantized(&w, &spec);
-                for m in [1, 5] {
+                for m in [1, 5, 12] {
                     check(&f32_tensor(&[m, k], &gaussian(m * k, 6)), &q, DType::F32);
                 }
             }

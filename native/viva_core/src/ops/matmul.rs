@@ -1,14 +1,26 @@
-//! x[m, k] · q[n, k]ᵀ, straight from the codes.
+//! x\[m, k\] · q\[n, k\]ᵀ, straight from the codes.
+//!
+//! What `compute: :f32` promises: weights are the floats that dequantizing gives,
+//! products and sums are f32, and a result is rounded to its dtype once. A sum of
+//! k products is off from the exact one by at most k · 2⁻²⁴ · Σ|x||w|, to first
+//! order. Its order is fixed: the same bits for any number of threads, and on every
+//! level that fuses multiplying and adding. It is one of two orders, by the rows of
+//! x: fewer than [`BATCH`] are dot products of sixteen lanes, as many or more go to
+//! [`super::batch`], which fuses on every level.
 
 use rayon::prelude::*;
 
-use super::{CHUNK, Cancel, pool};
+use super::{CHUNK, Cancel, batch, pool};
 use crate::error::{Error, Result};
-use crate::format::{Input, Quantized};
+use crate::format::{Decode, Input, Quantized};
 use crate::method::input;
 use crate::simd::dispatch;
 use crate::simd::dot::{DotRows, ROWS};
+use crate::simd::product::NARROW;
 use crate::tensor::{DType, Tensor, element_count, narrow};
+
+/// Rows of x from which on panels pay for the packing.
+pub const BATCH: usize = NARROW;
 
 /// A way to compute `x · qᵀ` into a buffer.
 pub type Matmul = fn(&Tensor, &Quantized, DType, &mut [u8], &Cancel) -> Result<()>;
@@ -58,8 +70,8 @@ pub fn matmul_shape(x: &Tensor, q: &Quantized) -> Result<Vec<usize>> {
 }
 
 /// Computes `x · qᵀ` into `out`, in f32 arithmetic, rounded once to `dtype`.
-/// Rows of weights are decoded a tile at a time into a cache-sized scratch;
-/// the full float matrix never exists.
+/// Weights are decoded a tile at a time into a scratch that stays in a cache; the
+/// full float matrix never exists.
 ///
 /// # Errors
 /// `ShapeMismatch`, `UnsupportedDtype`, `SizeMismatch` for `out`, `Cancelled`.
@@ -83,22 +95,39 @@ pub fn matmul_into(
     let mut widened = Vec::new();
     let x = activations(x, q, &mut widened)?;
     let decoder = q.spec.format()?.decoder(q)?;
-    let rows = (4 * CHUNK / k).clamp(1, 16) * ROWS;
     pool::run(|| {
-        // Column after column of the result, so that each task owns its piece.
-        let mut columns = vec![0f32; n * m];
-        columns
-            .par_chunks_mut(rows * m)
-            .enumerate()
-            .try_for_each_init(Vec::new, |tile, (t, out)| {
-                cancel.check()?;
-                tile.resize(out.len() / m * k, 0f32);
-                decoder.decode(t * rows * k, tile);
-                dispatch(DotRows { k, x, w: tile, out });
-                Ok(())
-            })?;
-        write_rows(&columns, n, m, dtype, out)
+        if m < BATCH {
+            let columns = dot_products(x, &*decoder, (n, k), cancel)?;
+            write_rows(&columns, n, m, dtype, out)
+        } else {
+            batch::multiply(x, &*decoder, (n, k), cancel)?.write(dtype, out)
+        }
     })
+}
+
+/// `x · qᵀ` column after column, so that each task owns its piece.
+fn dot_products(
+    x: &[f32],
+    decoder: &dyn Decode,
+    (n, k): (usize, usize),
+    cancel: &Cancel,
+) -> Result<Vec<f32>> {
+    let m = x.len() / k;
+    // As long a stretch of codes at once as L2 holds the floats of: memory's
+    // prefetchers start anew with each.
+    let rows = (4 * CHUNK / k).clamp(1, 16) * ROWS;
+    let mut columns = vec![0f32; n * m];
+    columns
+        .par_chunks_mut(rows * m)
+        .enumerate()
+        .try_for_each_init(Vec::new, |tile, (t, out)| {
+            cancel.check()?;
+            tile.resize(out.len() / m * k, 0f32);
+            decoder.decode(t * rows * k, tile);
+            dispatch(DotRows { k, x, w: tile, out });
+            Ok(())
+        })?;
+    Ok(columns)
 }
 
 /// Activations as the codes of q want them.

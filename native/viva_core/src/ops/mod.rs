@@ -1,6 +1,7 @@
 //! Operations on tensors: they know shapes and ranges, call formats and
 //! kernels on slices, and run in parallel on the one pool.
 
+pub mod batch;
 pub mod cast;
 pub mod dequantize;
 pub mod dump;

@@ -110,6 +110,36 @@ pub fn pack<const W: usize>(x: &[f32], columns: usize, at: usize, panel: &mut [f
     }
 }
 
+/// Rows as columns of a panel: element t of row j becomes element `at + j` of
+/// line t.
+pub struct Transpose<'a> {
+    /// [`LANES`] rows, `stride` apart; a stride is a multiple of [`LANES`], and
+    /// no less than the panel's lines.
+    pub rows: &'a [f32],
+    pub stride: usize,
+    pub at: usize,
+    /// Lines of [`WIDE`].
+    pub panel: &'a mut [f32],
+}
+
+impl Op for Transpose<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let (rows, _) = self.rows.as_chunks::<LANES>();
+        let (lines, _) = self.panel.as_chunks_mut::<WIDE>();
+        let step = self.stride / LANES;
+        for (t, lines) in lines.chunks_mut(LANES).enumerate() {
+            let square = std::array::from_fn(|j| isa.load(&rows[j * step + t]));
+            for (v, line) in isa.transpose(square).into_iter().zip(lines) {
+                let (line, _) = line[self.at..].as_chunks_mut::<LANES>();
+                isa.store(v, &mut line[0]);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,6 +181,31 @@ mod tests {
                 let (a, x, y) = (&a[..], &x[..], &mut out[..]);
                 dispatch_at(level, Spread { a, x, y });
                 assert_eq!(out, expected, "{level:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_become_columns() {
+        let stride = 3 * LANES;
+        let rows: Vec<f32> = (0..LANES * stride).map(|i| i as f32).collect();
+        for (depth, at) in [(1, 0), (15, 16), (16, 0), (17, 16), (48, 0)] {
+            let mut expected = vec![-1.0; depth * WIDE];
+            for t in 0..depth {
+                for j in 0..LANES {
+                    expected[t * WIDE + at + j] = rows[j * stride + t];
+                }
+            }
+            for level in levels() {
+                let mut panel = vec![-1.0; depth * WIDE];
+                let transpose = Transpose {
+                    rows: &rows,
+                    stride,
+                    at,
+                    panel: &mut panel,
+                };
+                dispatch_at(level, transpose);
+                assert_eq!(panel, expected, "{level:?}");
             }
         }
     }

@@ -61,6 +61,16 @@ pub trait Isa: Copy {
     fn store_u8(self, v: Self::U, out: &mut [u8; LANES]);
     fn store_u(self, v: Self::U, out: &mut [u32; LANES]);
 
+    /// Lane j of vector i in lane i of vector j.
+    #[inline(always)]
+    fn transpose(self, v: [Self::F; LANES]) -> [Self::F; LANES] {
+        let mut rows = [[0f32; LANES]; LANES];
+        for (v, row) in v.into_iter().zip(&mut rows) {
+            self.store(v, row);
+        }
+        std::array::from_fn(|j| self.load(&rows.map(|row| row[j])))
+    }
+
     /// The lanes added in a fixed tree.
     #[inline(always)]
     fn sum(self, v: Self::F) -> f32 {

@@ -114,6 +114,36 @@ impl Isa for Avx512 {
             _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(v))
         }
         fn store_u(self, v: __m512i, out: &mut [u32; LANES]) { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) }
+        fn transpose(self, v: [__m512; LANES]) -> [__m512; LANES] {
+            // Squares of four lanes first: lane group l of fours[q][e] is column
+            // 4l + e of rows 4q to 4q + 3.
+            let mut fours = [[v[0]; 4]; 4];
+            for (q, fours) in fours.iter_mut().enumerate() {
+                let [r0, r1, r2, r3] = [v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]];
+                let a = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1));
+                let b = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
+                let c = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3));
+                let d = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+                *fours = [
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)),
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)),
+                ];
+            }
+            // Then the square of lane groups, even ones (0x88) and odd ones (0xdd).
+            let mut out = v;
+            for e in 0..4 {
+                let [a, b, c, d] = [fours[0][e], fours[1][e], fours[2][e], fours[3][e]];
+                let (low, high) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
+                out[e] = _mm512_shuffle_f32x4::<0x88>(low, high);
+                out[8 + e] = _mm512_shuffle_f32x4::<0xdd>(low, high);
+                let (low, high) = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d));
+                out[4 + e] = _mm512_shuffle_f32x4::<0x88>(low, high);
+                out[12 + e] = _mm512_shuffle_f32x4::<0xdd>(low, high);
+            }
+            out
+        }
     }
 }
 
@@ -225,6 +255,33 @@ impl Isa for Avx2 {
         fn store_u(self, v: [__m256i; 2], out: &mut [u32; LANES]) {
             _mm256_storeu_si256(out.as_mut_ptr().cast(), v[0]);
             _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), v[1])
+        }
+        fn transpose(self, v: [[__m256; 2]; LANES]) -> [[__m256; 2]; LANES] {
+            let mut out = v;
+            // Four squares of eight; the two beside the diagonal change places.
+            for (from, to) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                // Squares of four lanes: half h of fours[q][e] is column 4h + e of
+                // rows 4q to 4q + 3.
+                let mut fours = [[v[0][0]; 4]; 2];
+                for (q, fours) in fours.iter_mut().enumerate() {
+                    let row = 8 * from + 4 * q;
+                    let [r0, r1, r2, r3] = [v[row][to], v[row + 1][to], v[row + 2][to], v[row + 3][to]];
+                    let (a, b) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
+                    let (c, d) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
+                    *fours = [
+                        _mm256_shuffle_ps::<0x44>(a, c),
+                        _mm256_shuffle_ps::<0xee>(a, c),
+                        _mm256_shuffle_ps::<0x44>(b, d),
+                        _mm256_shuffle_ps::<0xee>(b, d),
+                    ];
+                }
+                for e in 0..4 {
+                    let (top, bottom) = (fours[0][e], fours[1][e]);
+                    out[8 * to + e][from] = _mm256_permute2f128_ps::<0x20>(top, bottom);
+                    out[8 * to + 4 + e][from] = _mm256_permute2f128_ps::<0x31>(top, bottom);
+                }
+            }
+            out
         }
     }
 }
