@@ -14,13 +14,17 @@ from transformers import AutoModelForCausalLM
 
 class Perplexity:
     def __init__(self, source, text, window, windows):
-        tokens = Tokenizer.from_file(str(Path(source) / "tokenizer.json")).encode(Path(text).read_text()).ids
+        self.tokenizer = Tokenizer.from_file(str(Path(source) / "tokenizer.json"))
+        tokens = self.tokens_of(text)
         count = min(windows, len(tokens) // window)
         if count == 0:
             raise SystemExit(f"{text} has {len(tokens)} tokens, less than a window of {window}")
         self.windows = torch.tensor(tokens[: count * window]).reshape(count, window)
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         self.float = self.measure()
+
+    def tokens_of(self, text):
+        return self.tokenizer.encode(Path(text).read_text()).ids
 
     @torch.no_grad()
     def measure(self):

@@ -4,6 +4,8 @@
 
 use rayon::prelude::*;
 
+use super::factor::Factor;
+use super::gptq::{self, Gptq};
 use super::gram::Gram;
 use super::input;
 use crate::error::Result;
@@ -118,8 +120,8 @@ fn sketch(x: &[f32], k: usize) -> Vec<f32> {
 /// A weight, and what it is quantized with.
 pub type Weight<'a> = (&'a Tensor, &'a Spec);
 
-/// The scale of each column under which rounding costs least of the output of all
-/// `weights` together, which read the same input, and `None` where none is better
+/// The scale of each column under which rounding to nearest costs least of the
+/// output of all `weights` together, which read the same input, and `None` where none is better
 /// than leaving them. `x` are activations, `mean` the mean magnitude of each of
 /// their columns.
 ///
@@ -142,10 +144,7 @@ pub fn search(
             ..spec.clone()
         };
         let specs: Vec<Spec> = weights.iter().map(|(_, spec)| plain(spec)).collect();
-        let roots: Vec<f64> = mean.iter().map(|&m| twentieth_root(f64::from(m))).collect();
-        let points: Vec<Vec<f32>> = (0..POINTS as i32)
-            .map(|point| normalized(roots.iter().map(|root| root.powi(point))))
-            .collect();
+        let points = points_of(mean);
         let total = |tokens: &Tokens, point: usize| {
             let pairs = weights.iter().zip(&specs);
             let losses = pairs.map(|((w, _), spec)| loss(w, spec, tokens, &points[point], cancel));
@@ -174,6 +173,42 @@ pub fn search(
         }
         Ok((best.1 > 0).then(|| points[best.1].clone()))
     })
+}
+
+/// The same where GPTQ rounds, by what that costs. Every other exponent is tried:
+/// each takes longer, and neighbours hardly differ.
+///
+/// # Errors
+/// Those of [`gptq::quantize`].
+pub fn search_with_gptq(
+    weights: &[Weight],
+    gram: &Gram,
+    mean: &[f32],
+    options: &Gptq,
+    cancel: &Cancel,
+) -> Result<Option<Vec<f32>>> {
+    pool::run(|| {
+        let order = gptq::order_of(gram, options.order);
+        let factor = Factor::new(gram, order, options.damping, cancel)?;
+        let mut best = (f64::INFINITY, None);
+        for (point, s) in points_of(mean).into_iter().enumerate().step_by(2) {
+            let costs = weights.iter();
+            let costs = costs.map(|(w, spec)| gptq::cost(w, spec, &factor, &s, options, cancel));
+            let cost = costs.sum::<Result<f64>>()?;
+            if cost < best.0 {
+                best = (cost, (point > 0).then_some(s));
+            }
+        }
+        Ok(best.1)
+    })
+}
+
+/// The scales that are tried: powers of the mean magnitudes.
+fn points_of(mean: &[f32]) -> Vec<Vec<f32>> {
+    let roots: Vec<f64> = mean.iter().map(|&m| twentieth_root(f64::from(m))).collect();
+    (0..POINTS as i32)
+        .map(|point| normalized(roots.iter().map(|root| root.powi(point))))
+        .collect()
 }
 
 /// As AWQ does it: clamped from below, then divided by √(max · min).

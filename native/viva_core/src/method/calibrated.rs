@@ -6,7 +6,7 @@ use super::input;
 use super::sparsity::Sparsity;
 use crate::calibration::Statistics;
 use crate::error::{Error, Result};
-use crate::format::{INPUT_SCALE, Input, OptionValue, Options, Quantized, Spec, spec};
+use crate::format::{INPUT_SCALE, Input, Method, OptionValue, Options, Quantized, Spec, spec};
 use crate::ops::quantize::{check_floats, quantize};
 use crate::ops::{Cancel, pool};
 use crate::tensor::{DType, Tensor};
@@ -88,6 +88,10 @@ pub fn take(given: Vec<(String, OptionValue)>) -> Result<(Option<Calibrated>, Gi
         if name == "scales" {
             *name = "method".into();
         }
+    }
+    // There scales are tried out on the output, at little cost.
+    if gptq.is_some() && !rest.iter().any(|(name, _)| name == "method") {
+        rest.push(("method".into(), Method::Mse.into()));
     }
     Ok((Some(how), rest))
 }
@@ -183,9 +187,9 @@ pub fn quantize_calibrated(
     }
     let scales = match how.scaling {
         Scaling::None => None,
-        scaling => {
+        _ => {
             let w = Tensor::from_slice(DType::F32, w.shape(), &weights)?;
-            seen.scales(&[(&w, spec)], scaling, cancel)?
+            seen.scales(&[(&w, spec)], how, cancel)?
         }
     };
     finish(w, weights, spec, seen, how, scales.as_deref(), cancel)
@@ -229,14 +233,14 @@ pub fn quantize_scaled(
 pub fn shared_scales(
     weights: &[Weight],
     statistics: &Statistics,
-    scaling: Scaling,
+    how: &Calibrated,
     cancel: &Cancel,
 ) -> Result<Option<Vec<f32>>> {
     for (w, _) in weights {
         check(w, statistics)?;
         check_floats(w)?;
     }
-    Seen::of(statistics).scales(weights, scaling, cancel)
+    Seen::of(statistics).scales(weights, how, cancel)
 }
 
 /// What comes after scales are chosen; `weights` are those of `w`, rotated.
@@ -319,13 +323,17 @@ impl Seen {
     fn scales(
         &self,
         weights: &[Weight],
-        scaling: Scaling,
+        how: &Calibrated,
         cancel: &Cancel,
     ) -> Result<Option<Vec<f32>>> {
-        match scaling {
-            Scaling::None => Ok(None),
-            Scaling::Awq => awq::search(weights, &self.samples, &self.mean_abs, cancel),
-            Scaling::Smooth => Ok(Some(smooth(weights, &self.max_abs))),
+        let mean = &self.mean_abs;
+        match (how.scaling, &how.gptq) {
+            (Scaling::None, _) => Ok(None),
+            (Scaling::Awq, None) => awq::search(weights, &self.samples, mean, cancel),
+            (Scaling::Awq, Some(options)) => {
+                awq::search_with_gptq(weights, &self.gram, mean, options, cancel)
+            }
+            (Scaling::Smooth, _) => Ok(Some(smooth(weights, &self.max_abs))),
         }
     }
 

@@ -79,6 +79,27 @@ impl Factor {
         self.order.len()
     }
 
+    /// The factor where columns of the input are divided by s, and its damping too:
+    /// diag(1/s) · R.
+    pub fn scaled(&self, s: &[f32]) -> Factor {
+        let s: Vec<f32> = self.order.iter().map(|&c| s[c as usize]).collect();
+        let panels = self.panels.par_iter().map(|panel| {
+            let mut panel = panel.clone();
+            for (row, s) in panel.chunks_exact_mut(NARROW).zip(&s) {
+                row.iter_mut().for_each(|r| *r /= s);
+            }
+            panel
+        });
+        let inverse = self.inverse_diagonal.iter().zip(&s);
+        Factor {
+            panels: panels.collect(),
+            inverse_diagonal: inverse.map(|(inverse, s)| inverse * s).collect(),
+            order: self.order.clone(),
+            place: self.place.clone(),
+            damping: self.damping,
+        }
+    }
+
     /// Row t of the panel that holds column j, and the column's place in it.
     pub fn at(&self, t: usize, j: usize) -> f32 {
         self.panels[j / NARROW][t * NARROW + j % NARROW]

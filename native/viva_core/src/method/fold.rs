@@ -280,7 +280,7 @@ impl Observed {
             .collect::<Result<Vec<_>>>()?;
         let weights: Vec<_> = readers.iter().zip(&specs).collect();
         let statistics = self.recorded.layer(module(&group.readers[0]))?;
-        let scales = shared_scales(&weights, &statistics, how.scaling, cancel)?;
+        let scales = shared_scales(&weights, &statistics, how, cancel)?;
         for name in group.readers.iter().chain([&group.into]) {
             source.give_back(name)?;
         }

@@ -12,3 +12,4 @@ pub mod hqq;
 pub mod input;
 pub mod mse;
 pub mod sparsity;
+mod stripe;

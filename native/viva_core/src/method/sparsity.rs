@@ -20,8 +20,9 @@ use rayon::prelude::*;
 
 use super::calibrated::{check, take_damping};
 use super::factor::Factor;
-use super::gptq::{Gptq, Plan, Room, STRIPE, Stripe, rows_of};
+use super::gptq::Gptq;
 use super::gram::Gram;
+use super::stripe::{Plan, Room, STRIPE, Stripe, rows_of};
 use crate::calibration::Statistics;
 use crate::error::{Error, Result};
 use crate::format::{Grid, OptionValue, Options};
@@ -185,6 +186,7 @@ fn sparsegpt_into(
         block: k,
         by_order: false,
         dynamic: false,
+        trials: None,
         importance: Some(Importance::new(Sparsity::Sparsegpt, gram, &factor)),
     };
     out.par_chunks_mut(STRIPE * k * dtype.size())
