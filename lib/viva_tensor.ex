@@ -73,19 +73,20 @@ defmodule VivaTensor do
 
     * `method: :gptq`: column by column, each making up for the error of those before
       (Frantar et al., 2022); for integers, `:nf4`, `:fp4`, `:fp8_*`, `:mxfp*`, `:nvfp4`.
-      `order: :activation` (default: most active columns first) or `:natural`;
-      `damping:` (0.01).
+      `order: :natural` (default) or `:activation`, most active columns first;
+      `damping:` (0.05).
     * `method: :awq`: columns scaled by what they meet, then blocks clipped, both by the
       error of the layer's output (Lin et al., 2023); `clip:` (`true`). The scale is
       kept and applied to the input by `matmul/3`.
-    * `method: :awq_gptq`: the scales of AWQ, then GPTQ.
+    * `method: :awq_gptq`: columns scaled as AWQ scales them, by what GPTQ then costs.
     * `method: :smoothquant`: columns scaled by √(max|x| / max|w|), so that activations
       too fit in 8 bits (Xiao et al., 2022).
     * `method: :rotate`: a Hadamard rotation of the input, which spreads outliers
       (Ashkboos et al., 2024); with the others, `rotate: true`.
 
   `scales:` is then what `method:` is otherwise: `:rtn` or `:mse`, by which the scales
-  of blocks are chosen. With `sparsity:` `:magnitude`, `:wanda` or `:sparsegpt` those with
+  of blocks are chosen; with `gptq` in the name `:mse` by default, which there looks at the
+  output. With `sparsity:` `:magnitude`, `:wanda` or `:sparsegpt` those with
   `gptq` in their name give zeros to two of every four columns on the way, as
   `sparsify/2` says; `order:` is then `:natural`. `:sparse24` of `:int8` or `:fp8_e4m3`
   needs it.

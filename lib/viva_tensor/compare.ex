@@ -68,7 +68,8 @@ defmodule VivaTensor.Compare do
     * `tensor:` - the name of one tensor; otherwise those that a recipe would quantize
     * `formats:` - every format
     * `methods:` - `[:rtn, :mse]`, with activations also `:awq`, `:gptq` and `:awq_gptq`
-    * `scales:` - how those choose the scales of blocks, `:rtn` or `:mse` (`:rtn`)
+    * `scales:` - how those choose the scales of blocks, `:rtn` or `:mse`; by default each
+      its own way
     * `activations:` - a `VivaTensor.Calibration` or its file, with an entry for each
       layer: the weight's name without `.weight`
     * `held_out:` - another one, of activations that are measured on and that no method
@@ -121,7 +122,7 @@ defmodule VivaTensor.Compare do
       tensor: nil,
       formats: Enum.map(VivaTensor.formats(), & &1.name),
       methods: nil,
-      scales: :rtn,
+      scales: nil,
       activations: nil,
       held_out: nil,
       progress: {nil, fn nil, _status -> nil end}
@@ -168,14 +169,14 @@ defmodule VivaTensor.Compare do
     Error.option(:compare, "methods", "no method #{name}; there are #{known}")
   end
 
-  defp scales(by) when by in [:rtn, :mse], do: :ok
+  defp scales(by) when by in [nil, :rtn, :mse], do: :ok
   defp scales(by), do: Error.option(:compare, "scales", "expected rtn or mse, got #{by}")
 
   defp candidates(options, seen) do
     default = if seen, do: [:rtn, :mse, :awq, :gptq, :awq_gptq], else: [:rtn, :mse]
 
     for format <- options.formats, method <- options.methods || default do
-      scales = if method in @calibrated, do: [scales: options.scales], else: []
+      scales = if method in @calibrated and options.scales, do: [scales: options.scales], else: []
       {format, method, [method: method] ++ scales}
     end
   end

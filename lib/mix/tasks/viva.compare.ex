@@ -20,8 +20,8 @@ defmodule Mix.Tasks.Viva.Compare do
     * `--methods` - `rtn`, `mse`, `hqq`, and with activations `awq`, `gptq`, `awq_gptq`,
       `smoothquant`, `rotate`; if not given `rtn,mse`, and `awq,gptq,awq_gptq` with
       activations
-    * `--scales` - how the methods that look at activations choose the scales of blocks
-      (`rtn`)
+    * `--scales` - how the methods that look at activations choose the scales of blocks;
+      if not given each its own way
     * `--activations` - a saved `VivaTensor.Calibration`, or a safetensors file with
       `NAME.samples` for each layer: what those methods look at. `examples/calibration`
       records one.

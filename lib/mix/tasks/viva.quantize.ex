@@ -26,7 +26,7 @@ defmodule Mix.Tasks.Viva.Quantize do
       `VivaTensor.Calibration` with an entry for each layer, as
       `examples/calibration/record.py` records it
     * `--scales rtn|mse` - how these methods choose the scales of blocks
-    * `--damping 0.01`, `--order activation|natural`, `--act-order` - of gptq
+    * `--damping 0.05`, `--order natural|activation`, `--act-order` - of gptq
     * `--sparsity magnitude|wanda|sparsegpt` - gptq gives zeros to two of every four
       columns on the way
     * `--no-clip` - awq scales columns only

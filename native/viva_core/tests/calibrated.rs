@@ -128,6 +128,20 @@ fn without_correlation_gptq_is_rounding_to_nearest() {
                 ..PLAIN
             };
             let got = calibrated(&w, &spec, &s, &how);
+            if spec.method == Method::Mse {
+                // More scales are tried there.
+                let error = |q: &Quantized| {
+                    let back = support::dequantized(q, DType::F32).to_f32_vec();
+                    let errors = data.iter().zip(back).map(|(x, y)| f64::from(x - y));
+                    errors.map(|e| e * e).sum::<f64>()
+                };
+                let (ours, its) = (error(&got), error(&expected));
+                assert!(
+                    ours <= its * (1.0 + 1e-6),
+                    "{spec:?}, {order:?}: {ours} {its}"
+                );
+                continue;
+            }
             for ((part, a), (_, b)) in expected.parts.iter().zip(&got.parts) {
                 let pairs = a.bytes().iter().zip(b.bytes());
                 let differ = pairs.filter(|(a, b)| a != b).count();

@@ -21,7 +21,8 @@ use crate::tensor::{DType, Tensor};
 /// In which order columns are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// As they stand; each block's scale is chosen when it is reached.
+    /// As they stand; each block's scale is chosen when it is reached, where the
+    /// spec's method searches scales by what they cost of the output.
     Natural,
     /// By falling activation. Scales are chosen before, from the weights as they
     /// are; under a spec's `act_order` blocks follow the order instead, and

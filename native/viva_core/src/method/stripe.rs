@@ -34,8 +34,8 @@ pub(super) struct Plan<'a> {
     pub by_order: bool,
     /// Scales are chosen when a block is reached.
     pub dynamic: bool,
-    /// With `dynamic`: they are those, of several clipped ranges, under which the
-    /// block costs least of the output.
+    /// With `dynamic`: beside the grid's own choice, scales of clipped ranges are
+    /// tried, and those stay under which the block costs least of the output.
     pub trials: Option<&'a dyn Grid>,
     /// What says which two of four columns become zeros, if any do.
     pub importance: Option<Importance>,
@@ -215,24 +215,20 @@ impl<'a> Stripe<'a> {
         }
         let mut fit = Fit::zeroed(self.rows);
         x.truncate(self.rows * block);
-        match self.plan.trials {
-            None => self
-                .plan
-                .grid
-                .fit(&x, block, &mut fit.scales, &mut fit.zeros)?,
-            Some(grid) => {
-                let mut least = vec![f32::INFINITY; self.rows];
-                let mut trial = Fit::zeroed(self.rows);
-                for step in 0..TRIALS {
-                    let clipped = clipped(&x, block, 1.0 - step as f32 / 20.0);
-                    grid.fit(&clipped, block, &mut trial.scales, &mut trial.zeros)?;
-                    let costs = self.costs_of(first, last, sums, &trial);
-                    for (row, cost) in costs.into_iter().enumerate() {
-                        if cost < least[row] || step == 0 {
-                            least[row] = cost;
-                            fit.scales[row] = trial.scales[row];
-                            fit.zeros[row] = trial.zeros[row];
-                        }
+        let grid = self.plan.grid;
+        grid.fit(&x, block, &mut fit.scales, &mut fit.zeros)?;
+        if let Some(clipping) = self.plan.trials {
+            let mut least = self.costs_of(first, last, sums, &fit);
+            let mut trial = Fit::zeroed(self.rows);
+            for step in 0..TRIALS {
+                let clipped = clipped(&x, block, 1.0 - step as f32 / 20.0);
+                clipping.fit(&clipped, block, &mut trial.scales, &mut trial.zeros)?;
+                let costs = self.costs_of(first, last, sums, &trial);
+                for (row, cost) in costs.into_iter().enumerate() {
+                    if cost < least[row] {
+                        least[row] = cost;
+                        fit.scales[row] = trial.scales[row];
+                        fit.zeros[row] = trial.zeros[row];
                     }
                 }
             }
