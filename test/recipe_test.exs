@@ -51,8 +51,7 @@ defmodule VivaTensor.RecipeTest do
       recipe = recipe(method: :awq_gptq, scales: :mse, damping: 0.05)
       assert recipe.calibrated
 
-      assert %{method: :awq_gptq, scales: :mse, damping: 0.05, order: :activation} =
-               recipe.settings
+      assert %{method: :awq_gptq, scales: :mse, damping: 0.05, order: :natural} = recipe.settings
 
       assert recipe(method: :awq).settings.clip
       refute recipe(method: :mse).calibrated

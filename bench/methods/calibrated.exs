@@ -6,7 +6,8 @@ alias VivaTensor.{Calibration, Checkpoint, Tensor}
 checkpoint = Checkpoint.open!(model)
 calibration = Calibration.load!(statistics)
 
-for method <- Enum.map(methods, &String.to_atom/1), %{name: layer} <- Calibration.layers(calibration) do
+for method <- Enum.map(methods, &String.to_atom/1),
+    %{name: layer} <- Calibration.layers(calibration) do
   options =
     case method do
       method when method in [:rtn, :mse] -> [method: method]

@@ -7,11 +7,6 @@ import sys
 
 import torch
 
-# AutoAWQ's scale search multiplies all tokens with every candidate; it recommends
-# far fewer than GPTQ's sums can take.
-AWQ_TOKENS = 4096
-
-
 def linear(weight):
     module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     module.weight.data = weight.clone()
@@ -46,7 +41,7 @@ def autoawq(weights, inputs, bits):
     back = {}
     for name, weight in weights.items():
         module, x = linear(weight), inputs[name]
-        x = x[:: max(1, len(x) // AWQ_TOKENS)][None]
+        x = x[None]
         relative = weight.view(-1, 128).abs()
         relative = relative / (relative.amax(1, keepdim=True) + 1e-6)
         scale = awq._compute_best_scale(

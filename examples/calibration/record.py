@@ -2,7 +2,7 @@
 """Records what the linear layers of a transformers model meet.
 
     python3 examples/calibration/record.py MODEL_DIR TEXT OUT.safetensors \
-        [--tokens 8192] [--window 256] [--samples 512] [--skip 0] [--layers RE] \
+        [--tokens 65536] [--window 256] [--samples 512] [--skip 0] [--layers RE] \
         [--rows-only]
 
 Writes what VivaTensor.Calibration.load/1 reads: of every linear layer the sums that
@@ -80,7 +80,7 @@ def main():
     parser.add_argument("model")
     parser.add_argument("text")
     parser.add_argument("out")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--skip", type=int, default=0, help="tokens to leave out first")

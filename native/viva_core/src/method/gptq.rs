@@ -144,7 +144,7 @@ pub fn quantize(
 }
 
 /// Rows whose cost stands for that of all.
-const ASKED: usize = 512;
+const ASKED: usize = 128;
 
 /// What rounding `w` costs of the output, squared, when its columns are scaled by s:
 /// that of [`ASKED`] of its rows, evenly spread, where it has more. `factor` is that
