@@ -133,13 +133,14 @@ def main():
     parser.add_argument("--json", metavar="OUT")
     args = parser.parse_args()
     torch.manual_seed(0)
+    args.tokens -= args.tokens % args.window
 
     judge = Judge(args)
     tokens = judge.perplexity.tokens_of(args.calibration)
     results = {}
     for seed in range(args.seeds):
         skip = seed * args.tokens
-        part = tokens[skip : skip + args.tokens // args.window * args.window]
+        part = tokens[skip : skip + args.tokens]
         inputs = inputs_of(judge.perplexity.model, judge.layers, torch.tensor(part).reshape(-1, args.window))
         with tempfile.TemporaryDirectory() as scratch:
             stats = str(Path(scratch) / "statistics.safetensors")
@@ -156,11 +157,11 @@ def main():
                     results.setdefault(bits, {}).setdefault(name, []).append(measured)
                     print(f"seed {seed}, int{bits}: {name}: {measured[0]:.4f}", file=sys.stderr)
 
-    table = summary(results, judge.perplexity.float)
+        table = summary(results, judge.perplexity.float)
+        if args.json:
+            figures = {"float": judge.perplexity.float, "tokens": args.tokens, "seeds": seed + 1, "rows": table}
+            Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
     show(table, judge.perplexity.float, args)
-    if args.json:
-        figures = {"float": judge.perplexity.float, "tokens": args.tokens, "seeds": args.seeds, "rows": table}
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def summary(results, float_perplexity):

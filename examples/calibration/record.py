@@ -64,11 +64,13 @@ def load(directory):
     return auto.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def windows(tokenizer, text, tokens, window, skip):
+def windows(tokenizer, config, text, tokens, window, skip):
     """Windows of the text, each between the tokens that a text begins and ends with."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][skip : skip + tokens]
     encoder = tokenizer.cls_token_id is not None
     first = tokenizer.cls_token_id if encoder else tokenizer.bos_token_id
+    if first is None:
+        first = config.bos_token_id
     begin = [first] if first is not None else []
     end = [tokenizer.sep_token_id] if encoder else []
     for at in range(0, len(ids), window):
@@ -109,7 +111,7 @@ def main():
     with open(args.text, encoding="utf-8") as file:
         text = file.read()
     with torch.no_grad():
-        for ids in windows(tokenizer, text, args.tokens, args.window, args.skip):
+        for ids in windows(tokenizer, model.config, text, args.tokens, args.window, args.skip):
             model(ids)
 
     tensors = {}
