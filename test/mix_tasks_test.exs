@@ -104,7 +104,7 @@ defmodule VivaTensor.MixTasksTest do
       assert {0, stdout, _} = task(Quantize, argv ++ only)
       assert stdout =~ "int4 in awq layout, block_size 128, method awq_gptq"
       assert stdout =~ "int4: not scaled: mlp.gate_proj, which reads the same, is kept"
-      assert stdout =~ "statistics #{seen}: 2 layers, 16384 rows each"
+      assert stdout =~ "statistics #{seen}: 2 layers, 16448 rows each"
 
       argv = [@model, "--to", to, "--force", "--recipe", "gptq"]
       assert {2, _, stderr} = task(Quantize, argv)
