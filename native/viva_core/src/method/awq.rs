@@ -179,7 +179,7 @@ pub fn search(
 /// each takes longer, and neighbours hardly differ.
 ///
 /// # Errors
-/// Those of [`gptq::quantize`].
+/// Those of [`gptq::quantize()`].
 pub fn search_with_gptq(
     weights: &[Weight],
     gram: &Gram,

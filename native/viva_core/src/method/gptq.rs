@@ -1,7 +1,7 @@
 //! GPTQ: columns are rounded one after the other, each making up for what those
 //! before it did to the layer's output (Frantar et al., "GPTQ", 2022).
 //!
-//! [`super::factor`] says what a column is rounded to, and [`super::stripe`] takes
+//! [`super::factor`] says what a column is rounded to, and `stripe` takes
 //! rows through the columns.
 
 use rayon::prelude::*;
@@ -147,11 +147,11 @@ pub fn quantize(
 const ASKED: usize = 128;
 
 /// What rounding `w` costs of the output, squared, when its columns are scaled by s:
-/// that of [`ASKED`] of its rows, evenly spread, where it has more. `factor` is that
+/// that of 128 of its rows, evenly spread, where it has more. `factor` is that
 /// of the input as it is. Call it inside the pool.
 ///
 /// # Errors
-/// Those of [`quantize`].
+/// Those of [`quantize()`].
 pub fn cost(
     w: &Tensor,
     spec: &Spec,
