@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use viva_core::format::{OptionValue, Quantized, spec};
 use viva_core::method::awq;
-use viva_core::method::gptq::{self, Gptq};
+use viva_core::method::gptq::{self, Gptq, Order};
 use viva_core::method::gram::Gram;
 use viva_core::method::input::scale;
 use viva_core::ops::dequantize::dequantize;
@@ -43,9 +43,15 @@ fn main() -> Result<()> {
     let quantized = |w: &Tensor| quantize::quantize(w, &spec, &cancel);
     let (seconds, values) = match method.as_str() {
         "gptq" => {
+            // As the peer does it.
+            let options = Gptq {
+                damping: 0.01,
+                order: Order::Activation,
+                sparsity: None,
+            };
             let (seconds, q) = timed(|| -> Result<Quantized> {
                 let gram = gram(&x, k, &cancel)?;
-                Ok(gptq::quantize(&w, &spec, &gram, &Gptq::default(), &cancel)?)
+                Ok(gptq::quantize(&w, &spec, &gram, &options, &cancel)?)
             })?;
             (seconds, dequantize(&q)?)
         }

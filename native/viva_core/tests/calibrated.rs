@@ -3,6 +3,7 @@
 
 mod support;
 
+use support::observed::{activations, factor_of_inverse, output_error, statistics};
 use support::{Digest, every_spec, f32_tensor, gaussian, int, make, name, on_every_level, yes};
 use viva_core::calibration::{Calibration, SAMPLES, Statistics};
 use viva_core::error::Error;
@@ -34,50 +35,16 @@ const AWQ: Calibrated = Calibrated {
     ..PLAIN
 };
 
-/// Correlated columns of very different strength, as those of a model are.
-fn activations(tokens: usize, k: usize, seed: u64) -> Vec<f32> {
-    let mut x = gaussian(tokens * k, seed);
-    for row in x.chunks_exact_mut(k) {
-        for i in 1..k {
-            row[i] += 0.7 * row[i - 1];
-        }
-        for (i, v) in row.iter_mut().enumerate() {
-            *v *= 0.2 + 8.0 / (1.0 + (i * 37 % k) as f32);
-        }
-    }
-    x
-}
-
-fn statistics(x: &[f32], k: usize) -> Statistics {
-    let x = f32_tensor(&[x.len() / k, k], x);
-    Statistics::of(&x, SAMPLES, &Cancel::new()).unwrap()
-}
-
 fn calibrated(w: &Tensor, spec: &Spec, s: &Statistics, how: &Calibrated) -> Quantized {
     let q = quantize_calibrated(w, spec, s, how, &Cancel::new()).unwrap();
     q.validate().unwrap();
     q
 }
 
-/// ‖x·wᵀ − x·ŵᵀ‖ / ‖x·wᵀ‖, the products in f64.
-fn output_error(x: &[f32], w: &[f32], q: &Quantized) -> f64 {
-    let k = q.shape[1];
+/// The relative error of the layer's output.
+fn error_of(x: &[f32], w: &[f32], q: &Quantized) -> f64 {
     let back = support::dequantized(q, DType::F32).to_f32_vec();
-    let (mut error, mut signal) = (0.0, 0.0);
-    for x in x.chunks_exact(k) {
-        for (w, back) in w.chunks_exact(k).zip(back.chunks_exact(k)) {
-            let dot = |w: &[f32]| -> f64 {
-                x.iter()
-                    .zip(w)
-                    .map(|(x, w)| f64::from(*x) * f64::from(*w))
-                    .sum()
-            };
-            let y = dot(w);
-            error += (y - dot(back)).powi(2);
-            signal += y * y;
-        }
-    }
-    (error / signal).sqrt()
+    output_error(x, w, &back, q.shape[1])
 }
 
 fn grids() -> Vec<Spec> {
@@ -154,30 +121,7 @@ fn without_correlation_gptq_is_rounding_to_nearest() {
 /// The algorithm as the paper has it, in f64: the Cholesky factor of the inverse,
 /// columns in order, groups of the weights as they are when reached.
 fn textbook(w: &[f32], x: &[f32], k: usize, group: usize, spec: &Spec) -> Vec<f64> {
-    let mut h = vec![vec![0f64; k]; k];
-    for x in x.chunks_exact(k) {
-        for i in 0..k {
-            for j in 0..k {
-                h[i][j] += f64::from(x[i]) * f64::from(x[j]);
-            }
-        }
-    }
-    let mean = (0..k).map(|i| h[i][i]).sum::<f64>() / k as f64;
-    for (i, row) in h.iter_mut().enumerate() {
-        row[i] += 0.01 * mean;
-    }
-    let inverse = invert(&h);
-    // Upper U with inverse = Uᵀ · U.
-    let mut u = vec![vec![0f64; k]; k];
-    for i in 0..k {
-        for j in i..k {
-            let sum: f64 = (0..i).map(|t| u[t][i] * u[t][j]).sum();
-            u[i][j] = match i == j {
-                true => (inverse[i][j] - sum).sqrt(),
-                false => (inverse[i][j] - sum) / u[i][i],
-            };
-        }
-    }
+    let u = factor_of_inverse(x, k);
     let mut out = Vec::new();
     for row in w.chunks_exact(k) {
         let mut w: Vec<f64> = row.iter().map(|&v| f64::from(v)).collect();
@@ -200,28 +144,6 @@ fn textbook(w: &[f32], x: &[f32], k: usize, group: usize, spec: &Spec) -> Vec<f6
         }
     }
     out
-}
-
-fn invert(h: &[Vec<f64>]) -> Vec<Vec<f64>> {
-    let k = h.len();
-    let mut a: Vec<Vec<f64>> = (0..k)
-        .map(|i| {
-            let mut row = h[i].clone();
-            row.extend((0..k).map(|j| f64::from(u8::from(i == j))));
-            row
-        })
-        .collect();
-    for i in 0..k {
-        let pivot = a[i][i];
-        a[i].iter_mut().for_each(|v| *v /= pivot);
-        let line = a[i].clone();
-        for (r, row) in a.iter_mut().enumerate().filter(|(r, _)| *r != i) {
-            let by = row[i];
-            let _ = r;
-            row.iter_mut().zip(&line).for_each(|(v, l)| *v -= by * l);
-        }
-    }
-    a.into_iter().map(|row| row[k..].to_vec()).collect()
 }
 
 #[test]
@@ -273,7 +195,7 @@ fn activations_make_every_grid_better() {
         make("mxfp4", &[]),
         make("nvfp4", &[]),
     ] {
-        let error = |how| output_error(&unseen, &data, &calibrated(&w, &spec, &s, how));
+        let error = |how| error_of(&unseen, &data, &calibrated(&w, &spec, &s, how));
         let (rtn, gptq, awq) = (error(&PLAIN), error(&GPTQ), error(&AWQ));
         let both = error(&Calibrated {
             scaling: Scaling::Awq,
@@ -375,9 +297,9 @@ fn little_or_odd_data_is_at_least_rounding_to_nearest() {
     let same: Vec<f32> = one.iter().copied().cycle().take(50 * k).collect();
     for x in [&dead, &one, &few, &same, &vec![0f32; 3 * k]] {
         let s = statistics(x, k);
-        let plain = output_error(x, &data, &calibrated(&w, &spec, &s, &PLAIN));
+        let plain = error_of(x, &data, &calibrated(&w, &spec, &s, &PLAIN));
         for how in [GPTQ, AWQ] {
-            let error = output_error(x, &data, &calibrated(&w, &spec, &s, &how));
+            let error = error_of(x, &data, &calibrated(&w, &spec, &s, &how));
             // NaN where there is no output to compare.
             let worse = error > plain || error.is_nan() != plain.is_nan();
             assert!(!worse, "{how:?}: {error} {plain}");

@@ -6,6 +6,7 @@
 
 pub mod bars;
 pub mod golden;
+pub mod observed;
 
 use std::hash::{DefaultHasher, Hasher};
 use std::process::Command;
