@@ -5,6 +5,7 @@ pub mod batch;
 pub mod cast;
 pub mod dequantize;
 pub mod dump;
+pub mod limits;
 pub mod llm_int8;
 pub mod matmul;
 pub mod metrics;

@@ -12,6 +12,7 @@ pub mod codebook;
 pub mod columns;
 pub mod dot;
 pub mod int;
+pub mod limits;
 pub mod nibble;
 pub mod product;
 pub mod small_float;
