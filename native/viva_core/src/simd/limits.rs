@@ -5,7 +5,9 @@
 
 use std::hint::black_box;
 
-use super::{Isa, LANES, Level, Op, dispatch, level};
+use super::{Isa, LANES, Op, dispatch};
+#[cfg(target_arch = "x86_64")]
+use super::{Level, level};
 
 /// Streams that a read walks side by side: prefetchers keep more lines in flight
 /// with several than with one.

@@ -13,15 +13,21 @@ pub mod columns;
 pub mod dot;
 pub mod int;
 pub mod limits;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod nibble;
 pub mod product;
 pub mod small_float;
 pub mod sparsity;
 pub mod stats;
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+mod token;
 pub mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+#[cfg(target_arch = "aarch64")]
+pub use neon::Neon;
 pub use vector::{Isa, LANES, Portable};
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512};
@@ -65,12 +71,13 @@ pub trait Op {
 pub fn levels() -> Vec<Level> {
     let has = |level: &Level| match level {
         Level::Portable => true,
-        Level::Neon => cfg!(target_arch = "aarch64"),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => Neon::detect().is_some(),
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => Avx2::detect().is_some(),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => Avx512::detect().is_some(),
-        #[cfg(not(target_arch = "x86_64"))]
+        // A level of another architecture.
         _ => false,
     };
     Level::ALL.into_iter().filter(has).collect()
@@ -119,20 +126,26 @@ pub fn dispatch<O: Op>(op: O) -> O::Output {
 /// Runs a kernel at `level`, or at the baseline where the machine lacks it.
 #[inline]
 pub fn dispatch_at<O: Op>(level: Level, op: O) -> O::Output {
-    #[cfg(target_arch = "x86_64")]
     match level {
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => {
+            if let Some(token) = Neon::detect() {
+                return token.dispatch(op);
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
         Level::Avx512 => {
             if let Some(token) = Avx512::detect() {
                 return token.dispatch(op);
             }
         }
+        #[cfg(target_arch = "x86_64")]
         Level::Avx2 => {
             if let Some(token) = Avx2::detect() {
                 return token.dispatch(op);
             }
         }
-        Level::Portable | Level::Neon => {}
+        _ => {}
     }
-    let _ = level;
     op.run(Portable)
 }

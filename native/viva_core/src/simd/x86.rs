@@ -4,39 +4,14 @@
 use core::arch::x86_64::*;
 
 use super::Op;
+use super::token::{intrinsics, token};
 use super::vector::{Isa, LANES};
-
-macro_rules! token {
-    ($name:ident, $run:ident, $features:literal, $($detected:tt),+) => {
-        /// Proof that the CPU has the level's instructions.
-        #[derive(Clone, Copy)]
-        pub struct $name(());
-
-        impl $name {
-            pub fn detect() -> Option<$name> {
-                ($(is_x86_feature_detected!($detected))&&+).then_some($name(()))
-            }
-
-            /// Runs `op` compiled for this level.
-            #[inline(always)]
-            pub fn dispatch<O: Op>(self, op: O) -> O::Output {
-                // SAFETY: the token exists, so detection found every feature
-                // that `run` is compiled with.
-                unsafe { $run(self, op) }
-            }
-        }
-
-        #[target_feature(enable = $features)]
-        fn $run<O: Op>(token: $name, op: O) -> O::Output {
-            op.run(token)
-        }
-    };
-}
 
 token!(
     Avx2,
     run_avx2,
     "avx2,fma,f16c,bmi2",
+    is_x86_feature_detected,
     "avx2",
     "fma",
     "f16c",
@@ -46,6 +21,7 @@ token!(
     Avx512,
     run_avx512,
     "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2",
+    is_x86_feature_detected,
     "avx512f",
     "avx512bw",
     "avx512vl",
@@ -55,20 +31,6 @@ token!(
     "f16c",
     "bmi2"
 );
-
-/// Wraps intrinsics of the token's level.
-macro_rules! intrinsics {
-    ($(fn $name:ident(self $(, $arg:ident: $ty:ty)*) $(-> $ret:ty)? $body:block)+) => {
-        $(
-            #[inline(always)]
-            fn $name(self $(, $arg: $ty)*) $(-> $ret)? {
-                // SAFETY: the token proves that the CPU has the instructions;
-                // loads and stores touch exactly the arrays they are given.
-                unsafe { $body }
-            }
-        )+
-    };
-}
 
 impl Isa for Avx512 {
     type F = __m512;

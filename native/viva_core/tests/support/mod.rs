@@ -235,6 +235,19 @@ impl Digest {
     }
 }
 
+/// This test program again, under the emulator by which cargo runs it.
+fn this_program() -> Command {
+    let program = std::env::current_exe().unwrap();
+    let arch = std::env::consts::ARCH.to_uppercase();
+    let Ok(runner) = std::env::var(format!("CARGO_TARGET_{arch}_UNKNOWN_LINUX_GNU_RUNNER")) else {
+        return Command::new(program);
+    };
+    let mut words = runner.split_whitespace();
+    let mut command = Command::new(words.next().unwrap());
+    command.args(words).arg(program);
+    command
+}
+
 /// Runs `check` at every ISA level that this machine has, each in a process of
 /// its own, and asserts that all levels computed the same. `test` is the name
 /// of the calling test. Where VIVA_TENSOR_ISA is set, that level alone runs.
@@ -255,7 +268,7 @@ pub fn on_every_level(test: &str, check: impl FnOnce(&mut Digest) + Send) {
     }
     let mut computed = Vec::new();
     for level in simd::levels() {
-        let run = Command::new(std::env::current_exe().unwrap())
+        let run = this_program()
             .args(["--exact", test, "--nocapture"])
             .env(FORCED, level.name())
             .output()
