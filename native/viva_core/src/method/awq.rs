@@ -295,13 +295,13 @@ impl Op for Errors<'_> {
                 None => isa.load_part(&x[at..end], 1.0),
             };
             let s = vector(self.s);
-            let mut errors = [[0f32; LANES]; NARROW];
+            let mut errors = [isa.splat(0.0); LANES];
             let rows = self.w.chunks_exact(k).zip(self.rounded.chunks_exact(k));
-            for ((w, rounded), e) in rows.zip(&mut errors) {
-                isa.store(isa.sub(vector(w), isa.div(vector(rounded), s)), e);
+            for ((w, rounded), e) in rows.zip(&mut errors[..NARROW]) {
+                *e = isa.sub(vector(w), isa.div(vector(rounded), s));
             }
-            for (t, line) in lines.iter_mut().enumerate() {
-                *line = errors.map(|e| e[t]);
+            for (e, line) in isa.transpose(errors).into_iter().zip(lines) {
+                isa.store_part(e, line);
             }
         }
     }

@@ -20,6 +20,9 @@ use crate::simd::product::{NARROW, Product, Spread, WIDE};
 /// Rows that are factored together.
 const BLOCK: usize = 2 * WIDE;
 
+/// Rows that are multiplied at once, from L1.
+const STEP: usize = 128;
+
 /// How often the damping grows tenfold before a matrix is given up.
 const RETRIES: i32 = 6;
 
@@ -220,8 +223,12 @@ impl Upper {
 /// Takes what the rows above contribute off rows `first ..` of a panel.
 fn subtract(left: &[Vec<f32>], first: usize, panel: &mut [f32]) {
     let (above, rows) = panel.split_at_mut(first * WIDE);
-    for (a, c) in left.iter().zip(rows.chunks_exact_mut(NARROW * WIDE)) {
-        dispatch(Product { a, b: above, c });
+    for (from, b) in (0..first).step_by(STEP).zip(above.chunks(STEP * WIDE)) {
+        let to = first.min(from + STEP);
+        for (a, c) in left.iter().zip(rows.chunks_exact_mut(NARROW * WIDE)) {
+            let a = &a[from * NARROW..to * NARROW];
+            dispatch(Product { a, b, c });
+        }
     }
 }
 

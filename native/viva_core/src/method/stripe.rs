@@ -184,12 +184,13 @@ impl<'a> Stripe<'a> {
         let k = self.columns();
         let height = sums.len() / self.panels;
         sums.fill(0.0);
-        for (p, sums) in sums.chunks_exact_mut(height).enumerate() {
-            for from in (0..first).step_by(STEP) {
-                let to = first.min(from + STEP);
-                let b = &self.room.e[(p * k + from) * WIDE..(p * k + to) * WIDE];
-                for at in (first..last).step_by(NARROW) {
-                    let a = &self.factor.panels[at / NARROW][from * NARROW..to * NARROW];
+        for from in (0..first).step_by(STEP) {
+            let to = first.min(from + STEP);
+            for at in (first..last).step_by(NARROW) {
+                let a = &self.factor.panels[at / NARROW][from * NARROW..to * NARROW];
+                // What was read of R, which is far larger than a cache, serves all.
+                for (p, sums) in sums.chunks_exact_mut(height).enumerate() {
+                    let b = &self.room.e[(p * k + from) * WIDE..(p * k + to) * WIDE];
                     let c = &mut sums[(at - first) * WIDE..][..NARROW * WIDE];
                     dispatch(Product { a, b, c });
                 }
@@ -377,18 +378,23 @@ impl<'a> Stripe<'a> {
     }
 }
 
-/// Elements of a row that are moved at once: two cache lines.
-const MOVED: usize = 32;
+/// Elements of a row that are moved at once: some cache lines in a row, and as
+/// many lines of a panel as the L1 cache holds.
+const MOVED: usize = 128;
 
 /// Rows of k elements as panels of lines, that of a column at its `place`.
 fn lines_of(x: &[f32], k: usize, place: impl Fn(usize) -> usize, lines: &mut [f32]) {
     for (rows, panel) in x.chunks(WIDE * k).zip(lines.chunks_exact_mut(WIDE * k)) {
+        let mut moved = [[0f32; WIDE]; MOVED];
         for first in (0..k).step_by(MOVED) {
             let last = k.min(first + MOVED);
             for (lane, row) in rows.chunks_exact(k).enumerate() {
-                for (column, &v) in (first..last).zip(&row[first..last]) {
-                    panel[place(column) * WIDE + lane] = v;
+                for (line, &v) in moved.iter_mut().zip(&row[first..last]) {
+                    line[lane] = v;
                 }
+            }
+            for (column, line) in (first..last).zip(&moved) {
+                panel[place(column) * WIDE..][..WIDE].copy_from_slice(line);
             }
         }
     }

@@ -287,30 +287,7 @@ impl Op for Round<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let (lo, hi) = (
-            isa.splat(self.grid.lo as f32),
-            isa.splat(self.grid.hi as f32),
-        );
-        let (nothing, round) = (isa.splat(0.0), isa.splat(ROUND));
-        let offset = isa.splat(self.grid.offset as f32);
-        let magnitude = isa.splat_u(0x7fff_ffff);
-        let one = |x: I::F, scale: I::F, zero: I::F| {
-            // How far codes are from what counts as zero, and what that is worth.
-            let (from, to, add, bias) = match (self.float_zero, self.grid.symmetric) {
-                (true, _) => (lo, hi, nothing, zero),
-                (false, true) => (lo, hi, offset, nothing),
-                (false, false) => (isa.sub(lo, zero), isa.sub(hi, zero), zero, nothing),
-            };
-            let ratio = isa.div(isa.sub(x, bias), scale);
-            // Under a scale of zero all is zero.
-            let size = isa.floats(isa.and(isa.bits(scale), magnitude));
-            let ratio = isa.choose(size, nothing, ratio, nothing);
-            let steps = isa.min(isa.max(ratio, from), to);
-            let steps = isa.sub(isa.add(steps, round), round);
-            let code = isa.bits(isa.add(isa.add(steps, add), round));
-            let code = isa.sub_u(code, isa.splat_u(ROUND.to_bits()));
-            (code, isa.add(isa.mul(steps, scale), bias))
-        };
+        let (grid, float_zero) = (self.grid, self.float_zero);
         let (x, x_tail) = self.x.as_chunks::<LANES>();
         let (scales, scales_tail) = self.scales.as_chunks::<LANES>();
         let (zeros, zeros_tail) = self.zeros.as_chunks::<LANES>();
@@ -318,22 +295,51 @@ impl Op for Round<'_> {
         let (values, values_tail) = self.values.as_chunks_mut::<LANES>();
         let terms = x.iter().zip(scales).zip(zeros);
         for (((x, scale), zero), (out, value)) in terms.zip(codes.iter_mut().zip(values)) {
-            let (code, v) = one(isa.load(x), isa.load(scale), isa.load(zero));
+            let terms = (isa.load(x), isa.load(scale), isa.load(zero));
+            let (code, v) = round_one(isa, grid, float_zero, terms);
             isa.store_u8(code, out);
             isa.store(v, value);
         }
         if !x_tail.is_empty() {
-            let (code, v) = one(
+            let terms = (
                 isa.load_part(x_tail, 0.0),
                 isa.load_part(scales_tail, 0.0),
                 isa.load_part(zeros_tail, 0.0),
             );
+            let (code, v) = round_one(isa, grid, float_zero, terms);
             let mut lanes = [0u8; LANES];
             isa.store_u8(code, &mut lanes);
             codes_tail.copy_from_slice(&lanes[..x_tail.len()]);
             isa.store_part(v, values_tail);
         }
     }
+}
+
+/// Codes and values of x under scales and zero points.
+#[inline(always)]
+fn round_one<I: Isa>(
+    isa: I,
+    grid: Grid,
+    float_zero: bool,
+    (x, scale, zero): (I::F, I::F, I::F),
+) -> (I::U, I::F) {
+    let (lo, hi) = (isa.splat(grid.lo as f32), isa.splat(grid.hi as f32));
+    let (nothing, round) = (isa.splat(0.0), isa.splat(ROUND));
+    // How far codes are from what counts as zero, and what that is worth.
+    let (from, to, add, bias) = match (float_zero, grid.symmetric) {
+        (true, _) => (lo, hi, nothing, zero),
+        (false, true) => (lo, hi, isa.splat(grid.offset as f32), nothing),
+        (false, false) => (isa.sub(lo, zero), isa.sub(hi, zero), zero, nothing),
+    };
+    let ratio = isa.div(isa.sub(x, bias), scale);
+    // Under a scale of zero all is zero.
+    let size = isa.floats(isa.and(isa.bits(scale), isa.splat_u(0x7fff_ffff)));
+    let ratio = isa.choose(size, nothing, ratio, nothing);
+    let steps = isa.min(isa.max(ratio, from), to);
+    let steps = isa.sub(isa.add(steps, round), round);
+    let code = isa.bits(isa.add(isa.add(steps, add), round));
+    let code = isa.sub_u(code, isa.splat_u(ROUND.to_bits()));
+    (code, isa.add(isa.mul(steps, scale), bias))
 }
 
 /// Values of consecutive codes under one scale: (code − zero) · scale · factor.
