@@ -25,7 +25,7 @@ defmodule VivaTensor do
   alias VivaTensor.{Calibration, Error, Native, Quantized, Tensor}
 
   # Methods that look at activations.
-  @calibrated [:awq, :gptq, :awq_gptq, :smoothquant, :rotate]
+  @calibrated Calibration.methods()
   @calibrated_sparsity [:wanda, :sparsegpt]
 
   @doc """

@@ -30,6 +30,10 @@ defmodule VivaTensor.Calibration do
 
   @type t :: %__MODULE__{ref: reference}
 
+  @doc "The methods of `VivaTensor.quantize/3` that look at activations."
+  @spec methods() :: [atom]
+  def methods, do: [:awq, :gptq, :awq_gptq, :smoothquant, :rotate]
+
   @doc """
   A calibration without layers.
 

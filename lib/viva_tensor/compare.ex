@@ -24,7 +24,7 @@ defmodule VivaTensor.Compare do
 
   # Methods that look at the weights alone, and those that look at activations.
   @plain [:rtn, :mse, :hqq]
-  @calibrated [:awq, :gptq, :awq_gptq, :smoothquant, :rotate]
+  @calibrated Calibration.methods()
 
   @enforce_keys [:source, :tensors, :weights, :left_out, :measured_on, :rows, :absent]
   defstruct [:source, :tensors, :weights, :left_out, :measured_on, :rows, :absent]
