@@ -76,9 +76,12 @@ defmodule VivaTensor do
       `order: :natural` (default) or `:activation`, most active columns first;
       `damping:` (0.05).
     * `method: :awq`: columns scaled by what they meet, then blocks clipped, both by the
-      error of the layer's output (Lin et al., 2023); `clip:` (`true`). The scale is
+      error of the layer's output (Lin et al., 2023); `clip:` (`true`); `duo_scaling:`
+      which scales are tried, powers of what a column meets (`false`, the default),
+      those against powers of what it holds (`true`), or `:both`. The scale is
       kept and applied to the input by `matmul/3`.
-    * `method: :awq_gptq`: columns scaled as AWQ scales them, by what GPTQ then costs.
+    * `method: :awq_gptq`: columns scaled as AWQ scales them, by what GPTQ then costs;
+      `duo_scaling:` as above.
     * `method: :smoothquant`: columns scaled by √(max|x| / max|w|), so that activations
       too fit in 8 bits (Xiao et al., 2022).
     * `method: :rotate`: a Hadamard rotation of the input, which spreads outliers

@@ -100,8 +100,9 @@ defmodule VivaTensor.MixTasksTest do
       to = Path.join(dir, "out")
       seen = "examples/calibration/viva-tiny.safetensors"
       only = ["--exclude", "^(?!.*1\\.(self_attn\\.o|mlp\\.up)_proj)"]
-      argv = [@model, "--to", to, "--recipe", "awq_gptq", "--statistics", seen, "--scales", "mse"]
-      assert {0, stdout, _} = task(Quantize, argv ++ only)
+      how = ["--scales", "mse", "--duo-scaling", "both"]
+      argv = [@model, "--to", to, "--recipe", "awq_gptq", "--statistics", seen]
+      assert {0, stdout, _} = task(Quantize, argv ++ how ++ only)
       assert stdout =~ "int4 in awq layout, block_size 128, method awq_gptq"
       assert stdout =~ "int4: not scaled: mlp.gate_proj, which reads the same, is kept"
       assert stdout =~ "statistics #{seen}: 2 layers, 16448 rows each"

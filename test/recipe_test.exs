@@ -34,6 +34,8 @@ defmodule VivaTensor.RecipeTest do
             {[method: :gptq, statistics: 7], "statistics"},
             {[method: :gptq, damping: 2], "damping"},
             {[method: :awq, damping: 0.1], "damping"},
+            {[method: :awq, duo_scaling: :none], "duo_scaling"},
+            {[method: :gptq, duo_scaling: true], "duo_scaling"},
             {[method: :awq, scales: :best], "method"},
             {[method: :awd], "method"},
             {[block_sizes: 64], "block_sizes"},
@@ -53,7 +55,12 @@ defmodule VivaTensor.RecipeTest do
 
       assert %{method: :awq_gptq, scales: :mse, damping: 0.05, order: :natural} = recipe.settings
 
-      assert recipe(method: :awq).settings.clip
+      assert %{clip: true, duo_scaling: false} = recipe(method: :awq).settings
+
+      for duo <- [true, :both] do
+        assert recipe(method: :awq_gptq, duo_scaling: duo).settings.duo_scaling == duo
+      end
+
       refute recipe(method: :mse).calibrated
 
       assert {:error, %Error{reason: {:layout_mismatch, %{layout: "bitsandbytes"}}}} =

@@ -29,6 +29,8 @@ defmodule Mix.Tasks.Viva.Quantize do
     * `--damping 0.05`, `--order natural|activation`, `--act-order` - of gptq
     * `--sparsity magnitude|wanda|sparsegpt` - gptq gives zeros to two of every four
       columns on the way
+    * `--duo-scaling false|true|both` - awq scales columns by what they meet alone, by
+      that against what they hold, or tries both
     * `--no-clip` - awq scales columns only
     * `--symmetric`, `--no-symmetric` - integers without or with zero points
     * `--block-size N` - elements that share a scale

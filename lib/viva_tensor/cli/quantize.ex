@@ -16,6 +16,7 @@ defmodule VivaTensor.CLI.Quantize do
     damping: :float,
     order: :string,
     sparsity: :string,
+    duo_scaling: :string,
     clip: :boolean,
     act_order: :boolean,
     symmetric: :boolean,
@@ -29,7 +30,8 @@ defmodule VivaTensor.CLI.Quantize do
   ]
 
   # Options whose values the library takes as atoms.
-  @names [:recipe, :format, :method, :scales, :order, :sparsity, :values, :layout, :non_finite]
+  @names [:recipe, :format, :method, :scales, :order, :sparsity, :duo_scaling, :values] ++
+           [:layout, :non_finite]
 
   @doc "Reads the flags: everything about them that needs no running application."
   @spec parse([String.t()]) :: {:ok, keyword} | :help | {:error, String.t()}

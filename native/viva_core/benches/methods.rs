@@ -4,6 +4,7 @@
 use divan::Bencher;
 use viva_core::format::{OptionValue, Spec, spec};
 use viva_core::method::awq;
+use viva_core::method::candidates::DuoScaling;
 use viva_core::method::gptq::{self, Gptq};
 use viva_core::method::gram::Gram;
 use viva_core::ops::{Cancel, pool, quantize};
@@ -76,7 +77,16 @@ fn awq_scale_int4(bencher: Bencher) {
             *mean += v.abs() / TOKENS as f32;
         }
     }
-    bencher.bench_local(|| awq::search(&[(&w, &spec)], &x, &mean, &Cancel::new()).unwrap());
+    bencher.bench_local(|| {
+        awq::search(
+            &[(&w, &spec)],
+            &x,
+            &mean,
+            DuoScaling::default(),
+            &Cancel::new(),
+        )
+        .unwrap()
+    });
 }
 
 /// The search for the clipping of blocks, in every row.

@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use viva_core::format::{OptionValue, Quantized, spec};
 use viva_core::method::awq;
+use viva_core::method::candidates::DuoScaling;
 use viva_core::method::gptq::{self, Gptq, Order};
 use viva_core::method::gram::Gram;
 use viva_core::method::input::scale;
@@ -63,7 +64,15 @@ fn main() -> Result<()> {
                     *mean += x.abs() / tokens;
                 }
             }
-            let (seconds, s) = timed(|| Ok(awq::search(&[(&w, &spec)], &x, &mean, &cancel)?))?;
+            let (seconds, s) = timed(|| {
+                Ok(awq::search(
+                    &[(&w, &spec)],
+                    &x,
+                    &mean,
+                    DuoScaling::default(),
+                    &cancel,
+                )?)
+            })?;
             let s = s.unwrap_or_else(|| vec![1.0; k]);
             let back: Vec<f32> = s.iter().map(|s| 1.0 / s).collect();
             let mut scaled = w.to_f32_vec();

@@ -7,8 +7,9 @@ use support::observed::{activations, factor_of_inverse, output_error, statistics
 use support::{Digest, every_spec, f32_tensor, gaussian, int, make, name, on_every_level, yes};
 use viva_core::calibration::{Calibration, SAMPLES, Statistics};
 use viva_core::error::Error;
-use viva_core::format::{Method, Quantized, Scale, Spec, Zero};
-use viva_core::method::calibrated::{Calibrated, Scaling, quantize_calibrated};
+use viva_core::format::{Method, OptionValue, Quantized, Scale, Spec, Zero};
+use viva_core::method::calibrated::{Calibrated, Scaling, quantize_calibrated, resolve};
+use viva_core::method::candidates::DuoScaling;
 use viva_core::method::gptq::{Gptq, Order};
 use viva_core::ops::{Cancel, dump, matmul, quantize};
 use viva_core::tensor::{DType, Tensor};
@@ -30,7 +31,7 @@ const GPTQ: Calibrated = Calibrated {
 };
 
 const AWQ: Calibrated = Calibrated {
-    scaling: Scaling::Awq,
+    scaling: Scaling::Awq(DuoScaling::Both),
     clip: true,
     ..PLAIN
 };
@@ -198,7 +199,7 @@ fn activations_make_every_grid_better() {
         let error = |how| error_of(&unseen, &data, &calibrated(&w, &spec, &s, how));
         let (rtn, gptq, awq) = (error(&PLAIN), error(&GPTQ), error(&AWQ));
         let both = error(&Calibrated {
-            scaling: Scaling::Awq,
+            scaling: Scaling::Awq(DuoScaling::Both),
             ..GPTQ
         });
         println!(
@@ -211,6 +212,70 @@ fn activations_make_every_grid_better() {
             "{spec:?}: awq and gptq {both}, rtn {rtn}"
         );
         assert!(awq < 1.001 * rtn, "{spec:?}: awq {awq}, rtn {rtn}");
+    }
+}
+
+/// What is tried is judged by the output, so that trying more costs nothing of it.
+#[test]
+fn of_both_scalings_of_columns_the_better_one_is_taken() {
+    let (n, k) = (48, 256);
+    let x = activations(200, k, 14);
+    let s = statistics(&x, k);
+    let mut data = gaussian(n * k, 15);
+    let strengths: Vec<f32> = gaussian(k, 16).iter().map(|v| v.exp()).collect();
+    let spec = make("int4", &[]);
+    let errors = |data: &[f32]| {
+        [DuoScaling::No, DuoScaling::Yes, DuoScaling::Both].map(|duo| {
+            let how = Calibrated {
+                scaling: Scaling::Awq(duo),
+                ..PLAIN
+            };
+            error_of(
+                &x,
+                data,
+                &calibrated(&f32_tensor(&[n, k], data), &spec, &s, &how),
+            )
+        })
+    };
+    let mut won = [0; 2];
+    for _ in 0..2 {
+        let [alone, duo, both] = errors(&data);
+        assert!(
+            both <= alone.min(duo) * (1.0 + 1e-5),
+            "{alone} {duo} {both}"
+        );
+        won[usize::from(duo < alone)] += 1;
+        // Columns of weights that differ are what duo scaling is for.
+        for row in data.chunks_exact_mut(k) {
+            row.iter_mut().zip(&strengths).for_each(|(w, s)| *w *= s);
+        }
+    }
+    println!("{won:?}");
+}
+
+#[test]
+fn the_scalings_of_columns_are_an_option() {
+    let boolean = OptionValue::Bool;
+    for (given, expected) in [
+        (boolean(false), DuoScaling::No),
+        (boolean(true), DuoScaling::Yes),
+        (name("both"), DuoScaling::Both),
+    ] {
+        for method in ["awq", "awq_gptq"] {
+            let options = [("method", name(method)), ("duo_scaling", given.clone())];
+            let options = options.map(|(name, value)| (name.to_string(), value));
+            let (_, how) = resolve("int4", options.to_vec()).unwrap();
+            assert_eq!(how.scaling, Scaling::Awq(expected));
+            assert!(how.options().contains(&("duo_scaling", given.clone())));
+        }
+    }
+    for (method, given) in [("awq", name("none")), ("gptq", boolean(true))] {
+        let options = [("method", name(method)), ("duo_scaling", given)];
+        let options = options.map(|(name, value)| (name.to_string(), value));
+        assert!(matches!(
+            resolve("int4", options.to_vec()),
+            Err(Error::InvalidOption { option, .. }) if option == "duo_scaling"
+        ));
     }
 }
 
@@ -230,7 +295,9 @@ fn results_are_the_same_on_every_level_and_thread_count() {
             ] {
                 for (rotate, scaling) in [
                     (false, Scaling::None),
-                    (true, Scaling::Awq),
+                    (false, Scaling::Awq(DuoScaling::No)),
+                    (false, Scaling::Awq(DuoScaling::Yes)),
+                    (true, Scaling::Awq(DuoScaling::Both)),
                     (false, Scaling::Smooth),
                 ] {
                     for how in [GPTQ, AWQ] {

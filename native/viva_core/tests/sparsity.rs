@@ -11,6 +11,7 @@ use viva_core::calibration::Statistics;
 use viva_core::error::{Error, Result};
 use viva_core::format::{Quantized, Scale, Spec, Values, Zero};
 use viva_core::method::calibrated::{Calibrated, Scaling, quantize_calibrated};
+use viva_core::method::candidates::DuoScaling;
 use viva_core::method::gptq::{Gptq, Order};
 use viva_core::method::sparsity::{Sparsify, Sparsity, resolve, sparsify_into};
 use viva_core::ops::Cancel;
@@ -300,7 +301,7 @@ fn scaled_columns_are_sparse_too() {
     let s = statistics(&activations(200, k, 18), k);
     let w = f32_tensor(&[n, k], &gaussian(n * k, 19));
     let how = Calibrated {
-        scaling: Scaling::Awq,
+        scaling: Scaling::Awq(DuoScaling::Both),
         ..gptq(Some(Sparsity::Sparsegpt))
     };
     let spec = make("int4", &[]);

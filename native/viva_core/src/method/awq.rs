@@ -4,6 +4,7 @@
 
 use rayon::prelude::*;
 
+use super::candidates::{DuoScaling, candidates};
 use super::factor::Factor;
 use super::gptq::{self, Gptq};
 use super::gram::Gram;
@@ -15,9 +16,6 @@ use crate::ops::{Cancel, pool};
 use crate::simd::product::{NARROW, Product, WIDE};
 use crate::simd::{Isa, LANES, Op, dispatch};
 use crate::tensor::Tensor;
-
-/// Exponents that the scale search tries: 0, 1/20 … 19/20.
-pub const POINTS: usize = 20;
 
 /// Ratios of clipping that are tried, in steps of 1/20 down from 1.
 const CLIPS: usize = 10;
@@ -125,8 +123,8 @@ pub type Weight<'a> = (&'a Tensor, &'a Spec);
 /// than leaving them. `x` are activations, `mean` the mean magnitude of each of
 /// their columns.
 ///
-/// Where tokens are many, a sketch of them says which exponents come close to
-/// the best; only those are judged by all tokens.
+/// Where tokens are many, a sketch of them says which scales come close to the
+/// best; only those are judged by all tokens.
 ///
 /// # Errors
 /// Those of quantizing; `Cancelled`.
@@ -134,6 +132,7 @@ pub fn search(
     weights: &[Weight],
     x: &[f32],
     mean: &[f32],
+    duo: DuoScaling,
     cancel: &Cancel,
 ) -> Result<Option<Vec<f32>>> {
     pool::run(|| {
@@ -144,13 +143,13 @@ pub fn search(
             ..spec.clone()
         };
         let specs: Vec<Spec> = weights.iter().map(|(_, spec)| plain(spec)).collect();
-        let points = points_of(mean);
+        let points = candidates(weights, mean, duo, 1);
         let total = |tokens: &Tokens, point: usize| {
             let pairs = weights.iter().zip(&specs);
             let losses = pairs.map(|((w, _), spec)| loss(w, spec, tokens, &points[point], cancel));
             losses.sum::<Result<f64>>()
         };
-        let mut close: Vec<usize> = (0..POINTS).collect();
+        let mut close: Vec<usize> = (0..points.len()).collect();
         if x.len() / k >= 4 * SKETCHED {
             let tokens = Tokens::new(&sketch(x, k), k);
             let estimates: Vec<f64> = close
@@ -184,6 +183,7 @@ pub fn search_with_gptq(
     weights: &[Weight],
     gram: &Gram,
     mean: &[f32],
+    duo: DuoScaling,
     options: &Gptq,
     cancel: &Cancel,
 ) -> Result<Option<Vec<f32>>> {
@@ -191,7 +191,8 @@ pub fn search_with_gptq(
         let order = gptq::order_of(gram, options.order);
         let factor = Factor::new(gram, order, options.damping, cancel)?;
         let mut best = (f64::INFINITY, None);
-        for (point, s) in points_of(mean).into_iter().enumerate().step_by(2) {
+        let points = candidates(weights, mean, duo, 2);
+        for (point, s) in points.into_iter().enumerate() {
             let costs = weights.iter();
             let costs = costs.map(|(w, spec)| gptq::cost(w, spec, &factor, &s, options, cancel));
             let cost = costs.sum::<Result<f64>>()?;
@@ -201,38 +202,6 @@ pub fn search_with_gptq(
         }
         Ok(best.1)
     })
-}
-
-/// The scales that are tried: powers of the mean magnitudes.
-fn points_of(mean: &[f32]) -> Vec<Vec<f32>> {
-    let roots: Vec<f64> = mean.iter().map(|&m| twentieth_root(f64::from(m))).collect();
-    (0..POINTS as i32)
-        .map(|point| normalized(roots.iter().map(|root| root.powi(point))))
-        .collect()
-}
-
-/// As AWQ does it: clamped from below, then divided by √(max · min).
-fn normalized(s: impl Iterator<Item = f64>) -> Vec<f32> {
-    let s: Vec<f64> = s.map(|s| s.max(1e-4)).collect();
-    let most = s.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
-    let least = s.iter().copied().fold(f64::INFINITY, f64::min);
-    let norm = (most * least).sqrt();
-    s.iter().map(|s| (s / norm) as f32).collect()
-}
-
-/// x^(1/20). Libraries round powers differently, and bytes have to be the same
-/// on every machine: a fifth root by Newton's method, and exact square roots.
-fn twentieth_root(x: f64) -> f64 {
-    if x <= 0.0 {
-        return 0.0;
-    }
-    // Dividing the bits divides the exponent, and the mantissa roughly.
-    const ONE: u64 = 0x3ff0_0000_0000_0000;
-    let mut y = f64::from_bits(ONE - ONE / 5 + x.to_bits() / 5);
-    for _ in 0..6 {
-        y = 0.8 * y + 0.2 * (x / (y * y * y * y));
-    }
-    y.sqrt().sqrt()
 }
 
 /// The error of the layer's output when columns are scaled by s.
@@ -445,22 +414,12 @@ mod tests {
     use super::*;
     use crate::tensor::DType;
 
-    #[test]
-    fn roots_are_roots() {
-        for i in -200..200 {
-            let x = 1.37f64.powi(i);
-            let y = twentieth_root(x).powi(20);
-            assert!((y / x - 1.0).abs() < 1e-12, "{x}: {y}");
-        }
-        assert_eq!(twentieth_root(0.0), 0.0);
-    }
-
     /// The search with every point judged by all tokens.
     fn exhaustive(w: &Tensor, spec: &Spec, x: &[f32], mean: &[f32]) -> Option<Vec<f32>> {
         let tokens = Tokens::new(x, w.row_len());
-        let roots: Vec<f64> = mean.iter().map(|&m| twentieth_root(f64::from(m))).collect();
-        let points = (0..POINTS as i32)
-            .map(|point| normalized(roots.iter().map(|root| root.powi(point))))
+        let points = candidates(&[(w, spec)], mean, DuoScaling::Both, 1);
+        let points = points
+            .into_iter()
             .map(|s| (loss(w, spec, &tokens, &s, &Cancel::new()).unwrap(), s));
         let (at, (_, s)) = points
             .enumerate()
@@ -502,7 +461,8 @@ mod tests {
                 .collect();
             for format in ["int4", "int3", "nf4"] {
                 let spec = crate::format::spec(format, Vec::new()).unwrap();
-                let found = search(&[(&w, &spec)], &x, &mean, &Cancel::new()).unwrap();
+                let found =
+                    search(&[(&w, &spec)], &x, &mean, DuoScaling::Both, &Cancel::new()).unwrap();
                 assert_eq!(
                     found,
                     exhaustive(&w, &spec, &x, &mean),

@@ -1,6 +1,7 @@
 //! Quantizing one weight by what its activations show.
 
 use super::awq::{self, Weight};
+use super::candidates::DuoScaling;
 use super::gptq::{self, Gptq, Order};
 use super::input;
 use super::sparsity::Sparsity;
@@ -15,8 +16,8 @@ use crate::tensor::{DType, Tensor};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scaling {
     None,
-    /// What costs least of the output, among powers of the mean magnitude.
-    Awq,
+    /// What costs least of the output, among powers of mean magnitudes.
+    Awq(DuoScaling),
     /// max|x|^α / max|w|^(1−α), with α = 1/2: activations and weights share what
     /// makes both hard to round (Xiao et al., "SmoothQuant", 2022).
     Smooth,
@@ -75,7 +76,7 @@ pub fn take(given: Vec<(String, OptionValue)>) -> Result<(Option<Calibrated>, Gi
     let how = Calibrated {
         rotate: options.take_bool("rotate", method == "rotate")?,
         scaling: match method {
-            "awq" | "awq_gptq" => Scaling::Awq,
+            "awq" | "awq_gptq" => Scaling::Awq(take_duo_scaling(&mut options)?),
             "smoothquant" => Scaling::Smooth,
             _ => Scaling::None,
         },
@@ -123,8 +124,8 @@ impl Calibrated {
     pub fn options(&self) -> Vec<(&'static str, OptionValue)> {
         let name = |name: &str| OptionValue::Name(name.into());
         let method = match (self.scaling, self.gptq.is_some()) {
-            (Scaling::Awq, false) => "awq",
-            (Scaling::Awq, true) => "awq_gptq",
+            (Scaling::Awq(_), false) => "awq",
+            (Scaling::Awq(_), true) => "awq_gptq",
             (Scaling::Smooth, _) => "smoothquant",
             (Scaling::None, true) => "gptq",
             (Scaling::None, false) => "rotate",
@@ -139,6 +140,16 @@ impl Calibrated {
             let sparsity = gptq.sparsity.map(|s| ("sparsity", name(s.name())));
             options.extend(sparsity);
         }
+        if let Scaling::Awq(duo) = self.scaling {
+            options.push((
+                "duo_scaling",
+                match duo {
+                    DuoScaling::No => OptionValue::Bool(false),
+                    DuoScaling::Yes => OptionValue::Bool(true),
+                    DuoScaling::Both => name("both"),
+                },
+            ));
+        }
         if method == "awq" {
             options.push(("clip", OptionValue::Bool(self.clip)));
         }
@@ -146,6 +157,19 @@ impl Calibrated {
             options.push(("rotate", OptionValue::Bool(true)));
         }
         options
+    }
+}
+
+fn take_duo_scaling(options: &mut Options) -> Result<DuoScaling> {
+    match options.take("duo_scaling") {
+        None => Ok(DuoScaling::default()),
+        Some(OptionValue::Bool(false)) => Ok(DuoScaling::No),
+        Some(OptionValue::Bool(true)) => Ok(DuoScaling::Yes),
+        Some(OptionValue::Name(both)) if both == "both" => Ok(DuoScaling::Both),
+        Some(v) => Err(Error::option(
+            "duo_scaling",
+            format!("expected true, false or both, got {v}"),
+        )),
     }
 }
 
@@ -329,9 +353,9 @@ impl Seen {
         let mean = &self.mean_abs;
         match (how.scaling, &how.gptq) {
             (Scaling::None, _) => Ok(None),
-            (Scaling::Awq, None) => awq::search(weights, &self.samples, mean, cancel),
-            (Scaling::Awq, Some(options)) => {
-                awq::search_with_gptq(weights, &self.gram, mean, options, cancel)
+            (Scaling::Awq(duo), None) => awq::search(weights, &self.samples, mean, duo, cancel),
+            (Scaling::Awq(duo), Some(options)) => {
+                awq::search_with_gptq(weights, &self.gram, mean, duo, options, cancel)
             }
             (Scaling::Smooth, _) => Ok(Some(smooth(weights, &self.max_abs))),
         }

@@ -4,6 +4,7 @@
 pub mod affine;
 pub mod awq;
 pub mod calibrated;
+pub mod candidates;
 pub mod factor;
 pub mod fold;
 pub mod gptq;
