@@ -76,7 +76,7 @@ defmodule FormatsTable do
     x = Tensor.from_binary!(CLI.Quality.draws([1, 256]), :f32, [1, 256])
 
     computed =
-      for {compute, options} <- [f32: [], llm_int8: [scale: :absmax]],
+      for {compute, options} <- [f32: [], int8: [], llm_int8: [scale: :absmax]],
           {:ok, q} <- [VivaTensor.quantize(weight, format, options)],
           {:ok, _} <- [VivaTensor.matmul(x, q, compute: compute)],
           do: compute

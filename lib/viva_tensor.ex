@@ -22,7 +22,7 @@ defmodule VivaTensor do
       another layout (`VivaTensor.Conversion`).
   """
 
-  alias VivaTensor.{Calibration, Error, Native, Quantized, Tensor}
+  alias VivaTensor.{Calibration, Error, Native, Packed, Quantized, Tensor}
 
   # Methods that look at activations.
   @calibrated Calibration.methods()
@@ -227,19 +227,28 @@ defmodule VivaTensor do
   @spec dequantize!(Quantized.t(), dtype: Tensor.dtype()) :: Tensor.t()
   def dequantize!(quantized, options \\ []), do: Error.bang!(dequantize(quantized, options))
 
-  @type matmul_options :: [dtype: Tensor.dtype(), compute: :f32 | :llm_int8]
+  @type matmul_options :: [dtype: Tensor.dtype(), compute: :f32 | :int8 | :llm_int8]
 
   @doc """
-  x · wᵀ for x `[…, k]` and a quantized w `[n, k]`, straight from the codes, in
-  f32 arithmetic; the result is `[…, n]`.
+  x · wᵀ for x `[…, k]` and a quantized w `[n, k]`, straight from the codes; the
+  result is `[…, n]`.
 
   Options:
 
     * `dtype:` of the result, by default that of `x`.
-    * `compute:` `:f32` (default), or `:llm_int8` for symmetric `:int8` with one
-      scale a row: rows of x in 8 bits too, except for the columns in which any
-      element reaches 6, and integer sums; the arithmetic of LLM.int8() in
-      bitsandbytes.
+    * `compute:` the arithmetic.
+      * `:f32` - the default for a `VivaTensor.Quantized`: the weights are those that
+        `dequantize/2` gives, products and sums are f32.
+      * `:int8` - the default for a `VivaTensor.Packed`, and the only one: each row of
+        x is rounded to 8 bits in groups as long as the weights' blocks, by the
+        group's largest magnitude; products with the codes and their sums are exact.
+        For formats of integers and of tables: `:int8` … `:int2`, `:nf4`, `:fp4`,
+        `:mxfp4`, `:nvfp4`, ggml's. The result differs from that of `:f32` by about
+        1 % of its norm, for normal numbers. Of a row that holds a NaN or an infinity
+        all results are NaN.
+      * `:llm_int8` - for symmetric `:int8` with one scale a row: rows of x in 8 bits
+        too, except for the columns in which any element reaches 6, and integer sums;
+        the arithmetic of LLM.int8() in bitsandbytes.
 
       iex> x = VivaTensor.Tensor.from_list!([1, 0, 0, 2], :f32, [2, 2])
       iex> w = VivaTensor.Tensor.from_list!([1, -1, 0, 1, 1, 1], :f32, [3, 2])
@@ -252,19 +261,71 @@ defmodule VivaTensor do
 
   ## Errors
 
-  `:shape_mismatch`, `:unsupported_dtype`.
+  `:shape_mismatch`, `:unsupported_dtype`; `:invalid_option` for an arithmetic that
+  the format has not.
   """
-  @spec matmul(Tensor.t(), Quantized.t(), matmul_options) ::
+  @spec matmul(Tensor.t(), Quantized.t() | Packed.t(), matmul_options) ::
           {:ok, Tensor.t()} | {:error, Error.t()}
-  def matmul(%Tensor{ref: x, dtype: dtype}, %Quantized{ref: q}, options \\ []) do
+  def matmul(x, weights, options \\ [])
+
+  def matmul(%Tensor{ref: x, dtype: dtype}, %Quantized{ref: q}, options) do
     with {:ok, [dtype, compute]} <- take(:matmul, options, dtype: dtype, compute: :f32) do
       x |> Native.matmul(q, dtype, compute) |> Tensor.wrap(:matmul)
     end
   end
 
+  def matmul(%Tensor{ref: x, dtype: dtype}, %Packed{ref: packed}, options) do
+    with {:ok, [dtype, compute]} <- take(:matmul, options, dtype: dtype, compute: :int8),
+         :ok <- only_int8(:matmul, compute) do
+      x |> Native.matmul_packed(packed, dtype) |> Tensor.wrap(:matmul)
+    end
+  end
+
   @doc "Like `matmul/3`, but raises `VivaTensor.Error`."
-  @spec matmul!(Tensor.t(), Quantized.t(), matmul_options) :: Tensor.t()
-  def matmul!(x, quantized, options \\ []), do: Error.bang!(matmul(x, quantized, options))
+  @spec matmul!(Tensor.t(), Quantized.t() | Packed.t(), matmul_options) :: Tensor.t()
+  def matmul!(x, weights, options \\ []), do: Error.bang!(matmul(x, weights, options))
+
+  @doc """
+  Rearranges a quantized matrix for this machine's kernels, once for all products
+  with it: `matmul/3` of the result reads memory in one stream.
+
+  The result holds nothing of `quantized`, which can be released
+  (`VivaTensor.Quantized.release/1`), and takes about as many bytes.
+
+  Options:
+
+    * `compute:` the arithmetic to pack for: `:int8`, the only one.
+
+      iex> w = VivaTensor.Tensor.from_list!(List.duplicate(0.5, 64), :f32, [2, 32])
+      iex> {:ok, packed} = w |> VivaTensor.quantize!(:q4_0) |> VivaTensor.prepack()
+      iex> {packed.format, packed.shape}
+      {:q4_0, [2, 32]}
+      iex> x = VivaTensor.Tensor.from_list!(List.duplicate(1.0, 32), :f32, [32])
+      iex> VivaTensor.matmul!(x, packed) |> VivaTensor.Tensor.to_list!()
+      [16.0, 16.0]
+
+  ## Errors
+
+  `:shape_mismatch` unless it is a matrix, `:invalid_option` for a format that is not
+  made of integers as it lies (`:fp8_e4m3`, `:dynamic8`, `:sparse24` …).
+  """
+  @spec prepack(Quantized.t(), compute: :int8) :: {:ok, Packed.t()} | {:error, Error.t()}
+  def prepack(%Quantized{ref: ref}, options \\ []) do
+    with {:ok, [compute]} <- take(:prepack, options, compute: :int8),
+         :ok <- only_int8(:prepack, compute) do
+      ref |> Native.prepack() |> Packed.wrap(:prepack)
+    end
+  end
+
+  @doc "Like `prepack/2`, but raises `VivaTensor.Error`."
+  @spec prepack!(Quantized.t(), compute: :int8) :: Packed.t()
+  def prepack!(quantized, options \\ []), do: Error.bang!(prepack(quantized, options))
+
+  defp only_int8(_op, :int8), do: :ok
+
+  defp only_int8(op, other) do
+    Error.option(op, "compute", "packed weights are for int8, got #{inspect(other)}")
+  end
 
   @typedoc """
   Error of an approximation. Ratios are in decibels; a float that would be

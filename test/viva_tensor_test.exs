@@ -127,7 +127,7 @@ defmodule VivaTensorTest do
       [mixed | _] = VivaTensor.matmul!(x, quantized, compute: :llm_int8) |> Tensor.to_list!()
       assert_in_delta mixed, exact, 0.001
 
-      for bad <- [:int8, nil] do
+      for bad <- [:int9, nil] do
         assert {:error, %Error{reason: {:invalid_option, %{option: "compute"}}}} =
                  VivaTensor.matmul(x, quantized, compute: bad)
       end

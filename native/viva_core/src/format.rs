@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::formats;
 use crate::formats::ggml_blocks::Blocks;
 use crate::formats::{iq4, k_quants, q_blocks};
+use crate::steps::Steps;
 use crate::tensor::{DType, Tensor};
 
 /// How codes and scales are chosen.
@@ -375,6 +376,11 @@ pub trait Grid: Sync {
 pub trait Decode: Sync {
     /// Writes elements `start .. start + out.len()`, in row-major order.
     fn decode(&self, start: usize, out: &mut [f32]);
+
+    /// The same as integers under scales, where the format is that or nearly so.
+    fn steps(&self) -> Option<&dyn Steps> {
+        None
+    }
 }
 
 /// The value of one user option.

@@ -41,6 +41,7 @@ pub mod method;
 pub mod ops;
 pub mod simd;
 pub mod small_float;
+pub mod steps;
 pub mod tensor;
 pub mod transcode;
 pub mod unit;

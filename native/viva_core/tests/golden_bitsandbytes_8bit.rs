@@ -36,7 +36,7 @@ fn blockwise_codes_scales_and_values_are_theirs() {
 }
 
 fn llm_int8(x: &Tensor, q: &Quantized) -> Result<Tensor> {
-    let shape = matmul_shape(x, q)?;
+    let shape = matmul_shape(x, &q.shape)?;
     let mut out = vec![0u8; shape.iter().product::<usize>() * x.dtype().size()];
     by_name("llm_int8")?(x, q, x.dtype(), &mut out, &Cancel::new())?;
     Tensor::from_slice(x.dtype(), &shape, &out)

@@ -19,7 +19,7 @@ use viva_core::tensor::{DType, Tensor};
 use viva_core::{Error, Result};
 
 fn matmul(x: &Tensor, q: &Quantized, dtype: DType) -> Result<Tensor> {
-    let shape = matmul_shape(x, q)?;
+    let shape = matmul_shape(x, &q.shape)?;
     let mut out = vec![0u8; shape.iter().product::<usize>() * dtype.size()];
     matmul_into(x, q, dtype, &mut out, &Cancel::new())?;
     Tensor::from_slice(dtype, &shape, &out)

@@ -2,12 +2,16 @@
 
 use rustler::{Atom, Binary, Encoder, Env, OwnedBinary, Term};
 use viva_core::ops::metrics::DB_PER_BIT;
-use viva_core::ops::{Cancel, dequantize, dump, matmul, metrics, output_error, quantize};
-use viva_core::tensor::{Tensor, element_count};
+use viva_core::ops::{
+    Cancel, dequantize, dump, int8, matmul, metrics, output_error, packed, quantize,
+};
+use viva_core::tensor::{DType, Tensor, element_count};
 use viva_core::{format, layout};
 
 use crate::error::Outcome;
-use crate::resource::{QuantizedRef, TensorRef, share_binary, tensor_from_binary};
+use crate::resource::{
+    PackedRef, PackedResource, QuantizedRef, Slot, TensorRef, share_binary, tensor_from_binary,
+};
 use crate::tensor::metrics_map;
 use crate::terms::{self, Name, Options};
 
@@ -46,17 +50,61 @@ fn matmul_nif<'a>(
     compute: Name,
 ) -> Outcome<Term<'a>> {
     let multiply = matmul::by_name(&compute.0)?;
-    let (x, q) = (x.0.get()?, q.0.get()?);
-    let dtype = dtype.dtype()?;
-    let shape = matmul::matmul_shape(&x, &q)?;
+    let (x, q, dtype) = (x.0.get()?, q.0.get()?, dtype.dtype()?);
+    let shape = matmul::matmul_shape(&x, &q.shape)?;
+    product(env, shape, dtype, |out| {
+        multiply(&x, &q, dtype, out, &Cancel::new())
+    })
+}
+
+/// A tensor of that shape, which `fill` writes.
+fn product<'a>(
+    env: Env<'a>,
+    shape: Vec<usize>,
+    dtype: DType,
+    fill: impl FnOnce(&mut [u8]) -> viva_core::Result<()>,
+) -> Outcome<Term<'a>> {
     let len = element_count(&shape)? * dtype.size();
-    let tensor = tensor_from_binary(
+    let make = |bytes| Tensor::new(dtype, shape, bytes, 0..len);
+    Ok(terms::tensor(
         env,
-        len,
-        |bytes| Tensor::new(dtype, shape, bytes, 0..len),
-        |out| multiply(&x, &q, dtype, out, &Cancel::new()),
-    )?;
-    Ok(terms::tensor(env, tensor))
+        tensor_from_binary(env, len, make, fill)?,
+    ))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn prepack<'a>(env: Env<'a>, q: QuantizedRef) -> Outcome<Term<'a>> {
+    let packed = packed::pack(&*q.0.get()?, &Cancel::new())?;
+    let fields = [
+        ("format", terms::atom(env, packed.format())),
+        ("shape", packed.shape().encode(env)),
+        ("dtype", terms::atom(env, packed.dtype().name())),
+        ("nbytes", packed.nbytes().encode(env)),
+    ];
+    let resource = PackedRef::new(PackedResource(Slot::new(packed)));
+    let mut all = vec![("ref", resource.encode(env))];
+    all.extend(fields);
+    Ok(terms::map(env, &all))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn matmul_packed<'a>(
+    env: Env<'a>,
+    x: TensorRef,
+    packed: PackedRef,
+    dtype: Name,
+) -> Outcome<Term<'a>> {
+    let (x, packed, dtype) = (x.0.get()?, packed.0.get()?, dtype.dtype()?);
+    let shape = matmul::matmul_shape(&x, packed.shape())?;
+    product(env, shape, dtype, |out| {
+        int8::matmul_packed(&x, &packed, dtype, out, &Cancel::new())
+    })
+}
+
+#[rustler::nif]
+fn packed_release(packed: PackedRef) -> Atom {
+    packed.0.release();
+    rustler::types::atom::ok()
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]

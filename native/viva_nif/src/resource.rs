@@ -11,6 +11,7 @@ use viva_core::format::Quantized;
 use viva_core::io::{Checkpoint, OutputDir, ShardWriter};
 use viva_core::method::fold::Observed;
 use viva_core::ops::Cancel;
+use viva_core::ops::packed::Packed;
 use viva_core::tensor::{SharedBytes, Tensor};
 use viva_core::unit::Target;
 
@@ -50,6 +51,7 @@ macro_rules! resources {
 resources!(
     TensorResource(Slot<Tensor>),
     QuantizedResource(Slot<Quantized>),
+    PackedResource(Slot<Packed>),
     CheckpointResource(Slot<Checkpoint>),
     TargetResource(Target),
     ConversionResource(Conversion),
@@ -62,6 +64,7 @@ resources!(
 
 pub type TensorRef = ResourceArc<TensorResource>;
 pub type QuantizedRef = ResourceArc<QuantizedResource>;
+pub type PackedRef = ResourceArc<PackedResource>;
 pub type CheckpointRef = ResourceArc<CheckpointResource>;
 pub type TargetRef = ResourceArc<TargetResource>;
 pub type ConversionRef = ResourceArc<ConversionResource>;

@@ -19,6 +19,7 @@ use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
 use crate::simd::codebook::{Codebook, Encode, LEAST, decode_run};
 use crate::simd::nibble::{self, Order};
 use crate::simd::{Isa, Op, dispatch};
+use crate::steps::{Lows, StepForm, Steps, nearest_steps};
 use crate::tensor::{DType, Tensor, element_count, narrow};
 
 /// A format that looks its values up in a table of sixteen.
@@ -352,6 +353,36 @@ impl Decode for Decoder<'_> {
             start,
             out,
         });
+    }
+
+    fn steps(&self) -> Option<&dyn Steps> {
+        Some(self)
+    }
+}
+
+impl Steps for Decoder<'_> {
+    /// Values to a byte each: what int8 arithmetic can make of them.
+    fn form(&self) -> StepForm {
+        StepForm {
+            block: self.block_len,
+            halves: true,
+            table: Some(nearest_steps(self.table)),
+            zero: 128,
+            lows: Lows::Nothing,
+        }
+    }
+
+    fn codes(&self, row: usize, out: &mut [u8]) {
+        nibble::unpack(Order::HighFirst, self.codes, row * out.len(), out);
+    }
+
+    fn numbers(&self, row: usize, scales: &mut [f32], _lows: &mut [f32]) {
+        let first = row * scales.len();
+        let mut scratch = Vec::new();
+        let absmax = self.absmax.chunk(first..first + scales.len(), &mut scratch);
+        for (scale, absmax) in scales.iter_mut().zip(absmax) {
+            *scale = absmax / 127.0;
+        }
     }
 }
 

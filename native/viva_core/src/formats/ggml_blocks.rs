@@ -17,13 +17,15 @@ use crate::format::{
     Decode, Extremes, Format, Granularity, Input, Method, OptionValue, Options, Part, Quantized,
     Scale, Spec, Values, Zero,
 };
+use crate::formats::ggml_steps::{Rows, StepBlock};
 use crate::formats::ggml_types::GgmlType;
 use crate::method::mse::ROUND;
 use crate::simd::{Isa, LANES, Op, dispatch};
+use crate::steps::{StepForm, Steps};
 use crate::tensor::{DType, element_count};
 
 /// One block, byte for byte as it lies in a file.
-pub trait Block: Pod + Send + Sync {
+pub trait Block: Pod + Send + Sync + StepBlock {
     const TYPE: &'static GgmlType;
     /// One line for a list of formats.
     const ABOUT: &'static str;
@@ -234,6 +236,24 @@ impl<B: Block> Decode for Decoder<'_, B> {
             start,
             out,
         });
+    }
+
+    fn steps(&self) -> Option<&dyn Steps> {
+        Some(self)
+    }
+}
+
+impl<B: Block> Steps for Decoder<'_, B> {
+    fn form(&self) -> StepForm {
+        B::FORM
+    }
+
+    fn codes(&self, row: usize, out: &mut [u8]) {
+        Rows(self.blocks).codes(row, out);
+    }
+
+    fn numbers(&self, row: usize, scales: &mut [f32], lows: &mut [f32]) {
+        Rows(self.blocks).numbers(row, scales, lows);
     }
 }
 

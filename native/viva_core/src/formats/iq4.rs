@@ -62,8 +62,8 @@ fn decode_32<I: Isa>(isa: I, packed: &[u8; 16], d: f32, out: &mut [f32]) {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Iq4Nl {
-    d: [u8; 2],
-    codes: [u8; 16],
+    pub(super) d: [u8; 2],
+    pub(super) codes: [u8; 16],
 }
 
 impl Block for Iq4Nl {
@@ -103,12 +103,12 @@ impl Block for Iq4Nl {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Iq4Xs {
-    d: [u8; 2],
+    pub(super) d: [u8; 2],
     /// Two high bits of each l, the first in the lowest.
-    scales_high: [u8; 2],
+    pub(super) scales_high: [u8; 2],
     /// Four low bits of each l, the first in the low half.
-    scales_low: [u8; 4],
-    codes: [u8; 128],
+    pub(super) scales_low: [u8; 4],
+    pub(super) codes: [u8; 128],
 }
 
 impl Iq4Xs {
@@ -150,6 +150,16 @@ impl Iq4Xs {
         }
         self.scales_high = high.to_le_bytes();
     }
+
+    /// What d is multiplied with for each 32 elements.
+    #[inline(always)]
+    pub(super) fn multiples(&self) -> [i32; 8] {
+        let high = u16::from_le_bytes(self.scales_high);
+        std::array::from_fn(|i| {
+            let low = self.scales_low[i / 2] >> (4 * (i % 2)) & 15;
+            (i32::from(low) | i32::from(high >> (2 * i) & 3) << 4) - 32
+        })
+    }
 }
 
 impl Block for Iq4Xs {
@@ -181,17 +191,10 @@ impl Block for Iq4Xs {
     #[inline(always)]
     fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
         let d = widened(self.d);
-        let high = u16::from_le_bytes(self.scales_high);
-        let blocks = self
-            .codes
-            .as_chunks()
-            .0
-            .iter()
-            .zip(out.chunks_exact_mut(32));
-        for (i, (packed, out)) in blocks.enumerate() {
-            let low = self.scales_low[i / 2] >> (4 * (i % 2)) & 15;
-            let l = i32::from(low) | i32::from(high >> (2 * i) & 3) << 4;
-            decode_32(isa, packed, d * (l - 32) as f32, out);
+        let packed = self.codes.as_chunks().0.iter();
+        let blocks = packed.zip(out.chunks_exact_mut(32));
+        for ((packed, out), l) in blocks.zip(self.multiples()) {
+            decode_32(isa, packed, d * l as f32, out);
         }
     }
 }

@@ -43,7 +43,7 @@ fn pack_quarters(codes: &[u8; 256], shift: u32) -> [u8; 64] {
 }
 
 #[inline(always)]
-fn unpack_quarters(packed: &[u8; 64], shift: u32) -> [u8; 256] {
+pub(super) fn unpack_quarters(packed: &[u8; 64], shift: u32) -> [u8; 256] {
     let mut codes = [0u8; 256];
     for (packed, codes) in packed
         .as_chunks::<32>()
@@ -70,7 +70,7 @@ fn pack_bits(codes: &[u8; 256], shift: u32) -> [u8; 32] {
 }
 
 #[inline(always)]
-fn add_bits(codes: &mut [u8; 256], packed: &[u8; 32], shift: u32) {
+pub(super) fn add_bits(codes: &mut [u8; 256], packed: &[u8; 32], shift: u32) {
     for (group, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         for (code, byte) in codes.iter_mut().zip(packed) {
             *code |= (byte >> group & 1) << shift;
@@ -95,7 +95,7 @@ fn pack_low<const RUN: usize>(codes: &[u8; 256]) -> [u8; 128] {
 }
 
 #[inline(always)]
-fn unpack_low<const RUN: usize>(packed: &[u8; 128]) -> [u8; 256] {
+pub(super) fn unpack_low<const RUN: usize>(packed: &[u8; 128]) -> [u8; 256] {
     let mut codes = [0u8; 256];
     for (packed, codes) in packed
         .as_chunks::<RUN>()
@@ -160,10 +160,10 @@ fn integers<const S: usize>(scales: &[f32], top: f32) -> (f32, [u8; S]) {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Q6K {
-    low: [u8; 128],
-    high: [u8; 64],
-    scales: [u8; 16],
-    d: [u8; 2],
+    pub(super) low: [u8; 128],
+    pub(super) high: [u8; 64],
+    pub(super) scales: [u8; 16],
+    pub(super) d: [u8; 2],
 }
 
 /// ggml tries the largest element at −32 and from −31.1 to −32.9.
@@ -252,7 +252,7 @@ fn pack_pairs(l: [u8; 8], k: [u8; 8]) -> [u8; 12] {
 }
 
 #[inline(always)]
-fn unpack_pairs(packed: &[u8; 12]) -> [(u8, u8); 8] {
+pub(super) fn unpack_pairs(packed: &[u8; 12]) -> [(u8, u8); 8] {
     std::array::from_fn(|i| match i {
         0..4 => (packed[i] & 63, packed[i + 4] & 63),
         _ => (
@@ -265,10 +265,10 @@ fn unpack_pairs(packed: &[u8; 12]) -> [(u8, u8); 8] {
 /// Scales of q4_k and q5_k, as they lie before the codes.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct Pairs {
-    d: [u8; 2],
-    m: [u8; 2],
-    packed: [u8; 12],
+pub(super) struct Pairs {
+    pub(super) d: [u8; 2],
+    pub(super) m: [u8; 2],
+    pub(super) packed: [u8; 12],
 }
 
 impl Pairs {
@@ -345,9 +345,9 @@ const fn mse_search(top: f32) -> Affine {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Q5K {
-    scales: Pairs,
-    high: [u8; 32],
-    low: [u8; 128],
+    pub(super) scales: Pairs,
+    pub(super) high: [u8; 32],
+    pub(super) low: [u8; 128],
 }
 
 impl Q5K {
@@ -397,8 +397,8 @@ impl Block for Q5K {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Q4K {
-    scales: Pairs,
-    codes: [u8; 128],
+    pub(super) scales: Pairs,
+    pub(super) codes: [u8; 128],
 }
 
 impl Block for Q4K {
@@ -439,10 +439,10 @@ impl Block for Q4K {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Q3K {
-    high: [u8; 32],
-    low: [u8; 64],
-    scales: [u8; 12],
-    d: [u8; 2],
+    pub(super) high: [u8; 32],
+    pub(super) low: [u8; 64],
+    pub(super) scales: [u8; 12],
+    pub(super) d: [u8; 2],
 }
 
 impl Q3K {
@@ -474,6 +474,16 @@ impl Q3K {
         });
         self.high = pack_bits(&codes, 2);
         self.low = pack_quarters(&codes, 0);
+    }
+
+    /// What d is multiplied with for each sub-block.
+    #[inline(always)]
+    pub(super) fn multiples(&self) -> [i32; 16] {
+        std::array::from_fn(|i| {
+            let low = self.scales[i % 8] >> (4 * (i / 8)) & 15;
+            let high = self.scales[8 + i % 4] >> (2 * (i / 4)) & 3;
+            i32::from(low | high << 4) - 32
+        })
     }
 }
 
@@ -510,10 +520,8 @@ impl Block for Q3K {
             .0
             .iter()
             .zip(out.as_chunks_mut::<LANES>().0);
-        for (i, (codes, out)) in subs.enumerate() {
-            let low = self.scales[i % 8] >> (4 * (i / 8)) & 15;
-            let high = self.scales[8 + i % 4] >> (2 * (i / 4)) & 3;
-            let d = isa.splat(d * (i32::from(low | high << 4) - 32) as f32);
+        for ((codes, out), l) in subs.zip(self.multiples()) {
+            let d = isa.splat(d * l as f32);
             decode_lanes(isa, [*codes], out, |code| isa.mul(d, isa.sub(code, offset)));
         }
     }
@@ -523,10 +531,10 @@ impl Block for Q3K {
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Q2K {
     /// l in the low half, k in the high one.
-    scales: [u8; 16],
-    codes: [u8; 64],
-    d: [u8; 2],
-    m: [u8; 2],
+    pub(super) scales: [u8; 16],
+    pub(super) codes: [u8; 64],
+    pub(super) d: [u8; 2],
+    pub(super) m: [u8; 2],
 }
 
 impl Q2K {

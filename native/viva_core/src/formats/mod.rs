@@ -6,6 +6,7 @@ pub mod dynamic8;
 pub mod dynamic_map;
 pub mod fp8;
 pub mod ggml_blocks;
+mod ggml_steps;
 pub mod ggml_types;
 pub mod int;
 pub mod iq4;

@@ -31,7 +31,7 @@ fn pack_fifth(codes: &[u8; 32]) -> [u8; 4] {
 }
 
 #[inline(always)]
-fn add_fifth([low, high]: [[u8; 16]; 2], bits: [u8; 4]) -> [[u8; 16]; 2] {
+pub(super) fn add_fifth([low, high]: [[u8; 16]; 2], bits: [u8; 4]) -> [[u8; 16]; 2] {
     let bits = u32::from_le_bytes(bits);
     [
         std::array::from_fn(|i| low[i] | ((bits >> i & 1) << 4) as u8),
@@ -143,8 +143,8 @@ fn affine_search<I: Isa>(isa: I, x: &[f32], top: f32) -> [(f32, f32); LANES] {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Q8_0 {
-    d: [u8; 2],
-    codes: [u8; 32],
+    pub(super) d: [u8; 2],
+    pub(super) codes: [u8; 32],
 }
 
 impl Block for Q8_0 {
@@ -188,8 +188,8 @@ impl Block for Q8_0 {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Q4_0 {
-    d: [u8; 2],
-    codes: [u8; 16],
+    pub(super) d: [u8; 2],
+    pub(super) codes: [u8; 16],
 }
 
 impl Block for Q4_0 {
@@ -229,9 +229,9 @@ impl Block for Q4_0 {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Q5_0 {
-    d: [u8; 2],
-    high: [u8; 4],
-    codes: [u8; 16],
+    pub(super) d: [u8; 2],
+    pub(super) high: [u8; 4],
+    pub(super) codes: [u8; 16],
 }
 
 impl Block for Q5_0 {
@@ -273,9 +273,9 @@ impl Block for Q5_0 {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Q4_1 {
-    d: [u8; 2],
-    m: [u8; 2],
-    codes: [u8; 16],
+    pub(super) d: [u8; 2],
+    pub(super) m: [u8; 2],
+    pub(super) codes: [u8; 16],
 }
 
 impl Block for Q4_1 {
@@ -316,10 +316,10 @@ impl Block for Q4_1 {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Q5_1 {
-    d: [u8; 2],
-    m: [u8; 2],
-    high: [u8; 4],
-    codes: [u8; 16],
+    pub(super) d: [u8; 2],
+    pub(super) m: [u8; 2],
+    pub(super) high: [u8; 4],
+    pub(super) codes: [u8; 16],
 }
 
 impl Block for Q5_1 {

@@ -6,6 +6,7 @@ use crate::simd::nibble::{self, Order};
 use crate::simd::small_float::{self, BlockAbsmax, Encode, EncodeTowardZero, Search};
 use crate::simd::{Isa, Op, codebook, dispatch};
 use crate::small_float::{E2M1, E2M1_VALUES, E4M3, E4M3_VALUES, E5M2, E5M2_VALUES, SmallFloat};
+use crate::steps::{Lows, StepForm, Steps};
 use crate::tensor::{DType, Tensor};
 
 /// The floats that stand in for the weights.
@@ -178,6 +179,41 @@ impl Decode for Decoder<'_> {
             start,
             out,
         });
+    }
+
+    fn steps(&self) -> Option<&dyn Steps> {
+        match self.elements {
+            Elements::E2M1 => Some(self),
+            Elements::E4M3 | Elements::E5M2 => None,
+        }
+    }
+}
+
+impl Steps for Decoder<'_> {
+    /// Four bits only: twice a value is a whole number up to 12.
+    fn form(&self) -> StepForm {
+        StepForm {
+            block: self.block_len,
+            halves: true,
+            table: Some(E2M1_VALUES.map(|v| (2.0 * v + 12.0) as u8)),
+            zero: 12,
+            lows: Lows::Nothing,
+        }
+    }
+
+    fn codes(&self, row: usize, out: &mut [u8]) {
+        nibble::unpack(Order::LowFirst, self.codes, row * out.len(), out);
+    }
+
+    fn numbers(&self, row: usize, scales: &mut [f32], _lows: &mut [f32]) {
+        let first = row * scales.len();
+        let mut scratch = Vec::new();
+        let stored = self
+            .scales
+            .f32_chunk(first..first + scales.len(), &mut scratch);
+        for (scale, stored) in scales.iter_mut().zip(stored) {
+            *scale = stored / self.divisor * 0.5;
+        }
     }
 }
 

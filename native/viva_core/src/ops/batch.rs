@@ -29,27 +29,61 @@ const STRIDE: usize = DEPTH + LANES;
 /// Panels of activations that one task multiplies before it looks at the flag.
 const PANELS: usize = 16;
 
-/// Results as they are computed: for each [`WIDE`] rows of weights, for each panel
-/// of activations, a tile of `[NARROW, WIDE]`.
+/// Results as they are computed: for each [`WIDE`] rows of weights a line of
+/// [`WIDE`] sums for each row of x.
 pub(super) struct Blocks {
     n: usize,
-    /// Rows of x, with those that fill the last panel.
+    /// Rows of x, with those that fill the last tile.
     padded: usize,
     sums: Vec<f32>,
 }
 
 impl Blocks {
-    /// Writes the results as rows of `dtype`.
+    pub fn zeroed(n: usize, padded: usize) -> Blocks {
+        Blocks {
+            n,
+            padded,
+            sums: vec![0f32; n.next_multiple_of(WIDE) * padded],
+        }
+    }
+
+    /// The sums of each block.
+    pub fn chunks_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        self.sums.chunks_exact_mut(WIDE * self.padded)
+    }
+
+    /// The sums of so many blocks at a time.
+    pub fn par_chunks_mut(
+        &mut self,
+        blocks: usize,
+    ) -> impl IndexedParallelIterator<Item = &mut [f32]> {
+        self.sums.par_chunks_mut(blocks * WIDE * self.padded)
+    }
+
+    /// Writes the results as rows of `dtype`. Call it inside the pool.
     pub fn write(&self, dtype: DType, out: &mut [u8]) -> Result<()> {
         out.par_chunks_mut(self.n * dtype.size())
             .enumerate()
-            .try_for_each_init(Vec::new, |row, (i, out)| {
-                row.clear();
-                for block in self.sums.chunks_exact(WIDE * self.padded) {
-                    row.extend_from_slice(&block[i * WIDE..][..WIDE]);
-                }
-                narrow(dtype, &row[..self.n], out)
-            })
+            .try_for_each_init(Vec::new, |row, (i, out)| self.write_row(i, row, dtype, out))
+    }
+
+    /// The same on the calling thread.
+    pub fn write_at_once(&self, dtype: DType, out: &mut [u8]) -> Result<()> {
+        let mut row = Vec::new();
+        out.chunks_mut(self.n * dtype.size())
+            .enumerate()
+            .try_for_each(|(i, out)| self.write_row(i, &mut row, dtype, out))
+    }
+
+    fn write_row(&self, i: usize, row: &mut Vec<f32>, dtype: DType, out: &mut [u8]) -> Result<()> {
+        if self.padded == 1 {
+            return narrow(dtype, &self.sums[..self.n], out);
+        }
+        row.clear();
+        for block in self.sums.chunks_exact(WIDE * self.padded) {
+            row.extend_from_slice(&block[i * WIDE..][..WIDE]);
+        }
+        narrow(dtype, &row[..self.n], out)
     }
 }
 
@@ -62,10 +96,10 @@ pub(super) fn multiply(
 ) -> Result<Blocks> {
     let x = pack(x, k);
     let padded = x.len() / k;
-    let mut sums = vec![0f32; n.next_multiple_of(WIDE) * padded];
-    sums.par_chunks_mut(WIDE * padded)
-        .enumerate()
-        .try_for_each_init(Weights::default, |weights, (block, sums)| {
+    let mut blocks = Blocks::zeroed(n, padded);
+    blocks.par_chunks_mut(1).enumerate().try_for_each_init(
+        Weights::default,
+        |weights, (block, sums)| {
             let rows = block * WIDE..n.min((block + 1) * WIDE);
             for at in (0..k).step_by(DEPTH) {
                 let depth = DEPTH.min(k - at);
@@ -88,8 +122,9 @@ pub(super) fn multiply(
                     })?;
             }
             Ok(())
-        })?;
-    Ok(Blocks { n, padded, sums })
+        },
+    )?;
+    Ok(blocks)
 }
 
 /// Panels of [`NARROW`] rows of x, each `[k, NARROW]`; zeros past the last row.

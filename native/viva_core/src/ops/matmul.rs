@@ -25,33 +25,34 @@ pub const BATCH: usize = NARROW;
 /// A way to compute `x · qᵀ` into a buffer.
 pub type Matmul = fn(&Tensor, &Quantized, DType, &mut [u8], &Cancel) -> Result<()>;
 
-/// The way of that name: `f32` is [`matmul_into`], `llm_int8` that of
-/// [`super::llm_int8`].
+/// The way of that name: `f32` is [`matmul_into`], `int8` and `llm_int8` are those of
+/// [`super::int8`] and [`super::llm_int8`].
 pub fn by_name(compute: &str) -> Result<Matmul> {
     match compute {
         "f32" => Ok(matmul_into),
+        "int8" => Ok(super::int8::matmul_into),
         "llm_int8" => Ok(super::llm_int8::matmul_into),
         other => Err(Error::option(
             "compute",
-            format!("expected f32 or llm_int8, got {other}"),
+            format!("expected f32, int8 or llm_int8, got {other}"),
         )),
     }
 }
 
-/// The shape of `x · qᵀ`: that of x with its last dimension replaced by the
-/// rows of q.
+/// The shape of `x · qᵀ` for a q of that shape: that of x with its last dimension
+/// replaced by the rows of q.
 ///
 /// # Errors
 /// `ShapeMismatch` unless q is a matrix whose rows are as long as those of x.
-pub fn matmul_shape(x: &Tensor, q: &Quantized) -> Result<Vec<usize>> {
-    let &[n, k] = q.shape.as_slice() else {
+pub fn matmul_shape(x: &Tensor, q: &[usize]) -> Result<Vec<usize>> {
+    let &[n, k] = q else {
         return Err(Error::ShapeMismatch {
             what: "matmul takes a quantized matrix [n, k]".into(),
             expected: vec![
-                q.shape.split_last().map_or(1, |(_, n)| n.iter().product()),
-                *q.shape.last().unwrap_or(&1),
+                q.split_last().map_or(1, |(_, n)| n.iter().product()),
+                *q.last().unwrap_or(&1),
             ],
-            actual: q.shape.clone(),
+            actual: q.to_vec(),
         });
     };
     match x.shape().split_last() {
@@ -146,7 +147,7 @@ pub(super) fn activations<'a>(
 
 /// Whether a product of these can be written into `out`.
 pub(super) fn check(x: &Tensor, q: &Quantized, dtype: DType, out: &[u8]) -> Result<()> {
-    let shape = matmul_shape(x, q)?;
+    let shape = matmul_shape(x, &q.shape)?;
     for (op, dtype) in [("matmul", x.dtype()), ("a matmul's result", dtype)] {
         if !dtype.is_float() {
             return Err(Error::UnsupportedDtype {

@@ -50,7 +50,7 @@ pub fn fma(rounds: usize) -> usize {
 /// Multiplies and adds pairs of bf16 into f32; operations done.
 pub fn dot_bf16(rounds: usize) -> Option<usize> {
     #[cfg(target_arch = "x86_64")]
-    if level() == Level::Avx512 && is_x86_feature_detected!("avx512bf16") {
+    if level() >= Level::Avx512 && is_x86_feature_detected!("avx512bf16") {
         // SAFETY: the CPU has the instructions.
         black_box(unsafe { x86::dot_bf16(rounds) });
         return Some(rounds * CHAINS * LANES * 2 * 2);
@@ -62,7 +62,7 @@ pub fn dot_bf16(rounds: usize) -> Option<usize> {
 /// Multiplies and adds fours of 8-bit integers into 32 bits; operations done.
 pub fn dot_int8(rounds: usize) -> Option<usize> {
     #[cfg(target_arch = "x86_64")]
-    if level() == Level::Avx512 && is_x86_feature_detected!("avx512vnni") {
+    if level() >= Level::Avx512 && is_x86_feature_detected!("avx512vnni") {
         // SAFETY: the CPU has the instructions.
         black_box(unsafe { x86::dot_int8(rounds) });
         return Some(rounds * CHAINS * LANES * 4 * 2);

@@ -11,11 +11,13 @@ pub mod bits;
 pub mod codebook;
 pub mod columns;
 pub mod dot;
+pub mod dots;
 pub mod int;
 pub mod limits;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub mod nibble;
+pub mod panel;
 pub mod product;
 pub mod small_float;
 pub mod sparsity;
@@ -30,7 +32,7 @@ mod x86;
 pub use neon::Neon;
 pub use vector::{Isa, LANES, Portable};
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512};
+pub use x86::{Avx2, Avx512, Avx512Vnni};
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -43,10 +45,18 @@ pub enum Level {
     Neon,
     Avx2,
     Avx512,
+    /// AVX-512 with dot products of bytes.
+    Avx512Vnni,
 }
 
 impl Level {
-    const ALL: [Level; 4] = [Level::Portable, Level::Neon, Level::Avx2, Level::Avx512];
+    const ALL: [Level; 5] = [
+        Level::Portable,
+        Level::Neon,
+        Level::Avx2,
+        Level::Avx512,
+        Level::Avx512Vnni,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -54,6 +64,7 @@ impl Level {
             Level::Neon => "neon",
             Level::Avx2 => "avx2",
             Level::Avx512 => "avx512",
+            Level::Avx512Vnni => "avx512_vnni",
         }
     }
 }
@@ -77,6 +88,8 @@ pub fn levels() -> Vec<Level> {
         Level::Avx2 => Avx2::detect().is_some(),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => Avx512::detect().is_some(),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Vnni => Avx512Vnni::detect().is_some(),
         // A level of another architecture.
         _ => false,
     };
@@ -134,7 +147,7 @@ pub fn dispatch_at<O: Op>(level: Level, op: O) -> O::Output {
             }
         }
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => {
+        Level::Avx512 | Level::Avx512Vnni => {
             if let Some(token) = Avx512::detect() {
                 return token.dispatch(op);
             }

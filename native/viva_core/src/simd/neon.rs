@@ -9,6 +9,10 @@ use super::Op;
 use super::token::{intrinsics, token};
 use super::vector::{Isa, LANES};
 
+/// Proof that the CPU has NEON.
+#[derive(Clone, Copy)]
+pub struct Neon(());
+
 token!(Neon, run_neon, "neon", is_aarch64_feature_detected, "neon");
 
 /// Sixteen lanes: element i of the vector is lane i mod 4 of register i / 4.

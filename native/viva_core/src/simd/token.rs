@@ -1,16 +1,13 @@
 //! What the levels of all architectures share: tokens and their intrinsics.
 
-/// A token: a type that can only be built where `$detector` finds the features
-/// of its level, and the one place where kernels are compiled with them.
+/// What makes a type a token: it can only be built where `$detector` finds the
+/// features of its level, and here is the one place where kernels are compiled with
+/// them.
 macro_rules! token {
     ($name:ident, $run:ident, $features:literal, $detector:ident, $($detected:tt),+) => {
-        /// Proof that the CPU has the level's instructions.
-        #[derive(Clone, Copy)]
-        pub struct $name(());
-
         impl $name {
             pub fn detect() -> Option<$name> {
-                ($($detector!($detected))&&+).then_some($name(()))
+                ($($detector!($detected))&&+).then_some(Self(()))
             }
 
             /// Runs `op` compiled for this level.
@@ -24,6 +21,26 @@ macro_rules! token {
 
         #[target_feature(enable = $features)]
         fn $run<O: Op>(token: $name, op: O) -> O::Output {
+            op.run(token)
+        }
+    };
+}
+
+/// The same for kernels of bytes: compiled for the levels that have a `dots_token`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! dots_token {
+    ($name:ident, $run:ident, $features:literal) => {
+        impl $name {
+            /// Runs a kernel of bytes compiled for this level.
+            #[inline(always)]
+            pub fn dispatch_dots<O: DotsOp>(self, op: O) -> O::Output {
+                // SAFETY: as for `dispatch`.
+                unsafe { $run(self, op) }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        fn $run<O: DotsOp>(token: $name, op: O) -> O::Output {
             op.run(token)
         }
     };
@@ -43,4 +60,6 @@ macro_rules! intrinsics {
     };
 }
 
+#[cfg(target_arch = "x86_64")]
+pub(super) use dots_token;
 pub(super) use {intrinsics, token};

@@ -4,8 +4,21 @@
 use core::arch::x86_64::*;
 
 use super::Op;
-use super::token::{intrinsics, token};
+use super::dots::{BYTES, Dots, DotsOp};
+use super::token::{dots_token, intrinsics, token};
 use super::vector::{Isa, LANES};
+
+/// Proof that the CPU has AVX2 and what came with it.
+#[derive(Clone, Copy)]
+pub struct Avx2(());
+
+/// Proof that the CPU has the AVX-512 of its first servers, and the dot products
+/// of bytes that later ones added.
+#[derive(Clone, Copy)]
+pub struct Avx512With<const VNNI: bool>(());
+
+pub type Avx512 = Avx512With<false>;
+pub type Avx512Vnni = Avx512With<true>;
 
 token!(
     Avx2,
@@ -31,8 +44,34 @@ token!(
     "f16c",
     "bmi2"
 );
+token!(
+    Avx512Vnni,
+    run_avx512_vnni,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2",
+    is_x86_feature_detected,
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512vnni",
+    "avx2",
+    "fma",
+    "f16c",
+    "bmi2"
+);
+dots_token!(Avx2, run_dots_avx2, "avx2,fma,f16c,bmi2");
+dots_token!(
+    Avx512,
+    run_dots_avx512,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
+);
+dots_token!(
+    Avx512Vnni,
+    run_dots_avx512_vnni,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2"
+);
 
-impl Isa for Avx512 {
+impl<const VNNI: bool> Isa for Avx512With<VNNI> {
     type F = __m512;
     type U = __m512i;
     const ACCUMULATORS: usize = 24;
@@ -245,5 +284,99 @@ impl Isa for Avx2 {
             }
             out
         }
+    }
+}
+
+impl<const VNNI: bool> Dots for Avx512With<VNNI> {
+    type B = __m512i;
+
+    intrinsics! {
+        fn load_bytes(self, x: &[u8; BYTES]) -> __m512i { _mm512_loadu_si512(x.as_ptr().cast()) }
+        fn store_bytes(self, v: __m512i, out: &mut [u8; BYTES]) {
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), v)
+        }
+        fn load_u32(self, x: &[u8; BYTES]) -> __m512i { _mm512_loadu_si512(x.as_ptr().cast()) }
+        fn load_f16(self, x: &[u8; 2 * LANES]) -> __m512 {
+            _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast()))
+        }
+        fn low_halves(self, v: __m512i) -> __m512i { _mm512_and_si512(v, _mm512_set1_epi8(15)) }
+        fn high_halves(self, v: __m512i) -> __m512i {
+            _mm512_and_si512(_mm512_srli_epi16::<4>(v), _mm512_set1_epi8(15))
+        }
+        fn load_table(self, table: &[u8; 16]) -> __m512i {
+            _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()))
+        }
+        fn lookup_bytes(self, table: __m512i, index: __m512i) -> __m512i {
+            _mm512_shuffle_epi8(table, index)
+        }
+        fn dot(self, sum: __m512i, w: __m512i, x: [i8; 4]) -> __m512i {
+            let x = _mm512_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8)));
+            if VNNI {
+                return _mm512_dpbusd_epi32(sum, w, x);
+            }
+            // Even and odd bytes by themselves: sums of two products in sixteen
+            // bits would saturate.
+            let even = _mm512_and_si512(w, _mm512_set1_epi16(255));
+            let odd = _mm512_srli_epi16::<8>(w);
+            let x_even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(x));
+            let x_odd = _mm512_srai_epi16::<8>(x);
+            let sum = _mm512_add_epi32(sum, _mm512_madd_epi16(even, x_even));
+            _mm512_add_epi32(sum, _mm512_madd_epi16(odd, x_odd))
+        }
+        fn prefetch(self, at: *const u8) { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+impl Dots for Avx2 {
+    type B = [__m256i; 2];
+
+    intrinsics! {
+        fn load_bytes(self, x: &[u8; BYTES]) -> [__m256i; 2] {
+            [
+                _mm256_loadu_si256(x.as_ptr().cast()),
+                _mm256_loadu_si256(x.as_ptr().add(BYTES / 2).cast()),
+            ]
+        }
+        fn store_bytes(self, v: [__m256i; 2], out: &mut [u8; BYTES]) {
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), v[0]);
+            _mm256_storeu_si256(out.as_mut_ptr().add(BYTES / 2).cast(), v[1])
+        }
+        fn load_u32(self, x: &[u8; BYTES]) -> [__m256i; 2] {
+            [
+                _mm256_loadu_si256(x.as_ptr().cast()),
+                _mm256_loadu_si256(x.as_ptr().add(BYTES / 2).cast()),
+            ]
+        }
+        fn load_f16(self, x: &[u8; 2 * LANES]) -> [__m256; 2] {
+            [
+                _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().add(LANES).cast())),
+            ]
+        }
+        fn low_halves(self, v: [__m256i; 2]) -> [__m256i; 2] {
+            v.map(|v| _mm256_and_si256(v, _mm256_set1_epi8(15)))
+        }
+        fn high_halves(self, v: [__m256i; 2]) -> [__m256i; 2] {
+            v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), _mm256_set1_epi8(15)))
+        }
+        fn load_table(self, table: &[u8; 16]) -> [__m256i; 2] {
+            [_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())); 2]
+        }
+        fn lookup_bytes(self, table: [__m256i; 2], index: [__m256i; 2]) -> [__m256i; 2] {
+            index.map(|index| _mm256_shuffle_epi8(table[0], index))
+        }
+        fn dot(self, sum: [__m256i; 2], w: [__m256i; 2], x: [i8; 4]) -> [__m256i; 2] {
+            // As AVX-512 does it without an instruction for it.
+            let x = _mm256_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8)));
+            let x_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
+            let x_odd = _mm256_srai_epi16::<8>(x);
+            [0, 1].map(|h| {
+                let even = _mm256_and_si256(w[h], _mm256_set1_epi16(255));
+                let odd = _mm256_srli_epi16::<8>(w[h]);
+                let sum = _mm256_add_epi32(sum[h], _mm256_madd_epi16(even, x_even));
+                _mm256_add_epi32(sum, _mm256_madd_epi16(odd, x_odd))
+            })
+        }
+        fn prefetch(self, at: *const u8) { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }

@@ -7,6 +7,7 @@ use crate::simd::affine::{self, Line};
 use crate::simd::bits;
 use crate::simd::int::decode_run;
 use crate::simd::{Isa, Op, dispatch};
+use crate::steps::{Lows, StepForm, Steps};
 use crate::tensor::Tensor;
 
 /// 1/127 as LLM.int8() multiplies with it.
@@ -109,6 +110,67 @@ impl Decode for Decoder<'_> {
             start,
             out,
         });
+    }
+
+    fn steps(&self) -> Option<&dyn Steps> {
+        // An order of its own has no runs of one scale.
+        match self.order {
+            None => Some(self),
+            Some(_) => None,
+        }
+    }
+}
+
+impl Steps for Decoder<'_> {
+    fn form(&self) -> StepForm {
+        StepForm {
+            block: self.block_len,
+            halves: self.bits <= 4,
+            table: None,
+            zero: match (self.zeros, self.biases, self.signed) {
+                (None, None, true) => 128,
+                (None, None, false) => self.offset as u8,
+                _ => 0,
+            },
+            lows: match (self.zeros, self.biases) {
+                (_, Some(_)) => Lows::Biases,
+                (Some(_), None) => Lows::ZeroPoints,
+                (None, None) => Lows::Nothing,
+            },
+        }
+    }
+
+    fn codes(&self, row: usize, out: &mut [u8]) {
+        let start = row * out.len();
+        if self.bits < 8 {
+            return bits::unpack(self.bits, self.codes, start, out);
+        }
+        // The step of a signed code counts from −128.
+        let flip = if self.signed { 128 } else { 0 };
+        for (out, code) in out.iter_mut().zip(&self.codes[start..]) {
+            *out = code ^ flip;
+        }
+    }
+
+    fn numbers(&self, row: usize, scales: &mut [f32], lows: &mut [f32]) {
+        let first = match self.block_len {
+            // One scale for all rows.
+            usize::MAX => 0,
+            _ => row * scales.len(),
+        };
+        let blocks = first..first + scales.len();
+        let mut scratch = Vec::new();
+        let stored = self.scales.f32_chunk(blocks.clone(), &mut scratch);
+        for (scale, stored) in scales.iter_mut().zip(stored) {
+            *scale = stored * self.factor;
+        }
+        if let Some(biases) = self.biases {
+            lows.copy_from_slice(biases.f32_chunk(blocks, &mut scratch));
+        } else if self.zeros.is_some() {
+            for (low, block) in lows.iter_mut().zip(blocks) {
+                *low = self.zero(block) as f32;
+            }
+        }
     }
 }
 
