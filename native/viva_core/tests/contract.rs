@@ -6,12 +6,14 @@ use std::path::Path;
 
 use viva_core::format::FORMATS;
 
-/// Where names belong. LLM.int8() is an arithmetic of one format, and a
-/// conversion prefers some formats to others: it does without new ones.
-const KNOW_NAMES: [&str; 5] = [
+/// Where names belong. LLM.int8() is an arithmetic of one format, and int8 the name
+/// of one for many; a conversion prefers some formats to others: it does without new
+/// ones.
+const KNOW_NAMES: [&str; 6] = [
     "format.rs",
     "formats/",
     "layout/",
+    "ops/int8.rs",
     "ops/llm_int8.rs",
     "transcode/",
 ];

@@ -26,6 +26,9 @@ use crate::simd::panel::{Expand, Form, Multiply, Number, ROWS, RoundToBytes};
 use crate::steps::Steps;
 use crate::tensor::{DType, Tensor, narrow};
 
+/// What users call this arithmetic.
+pub const NAME: &str = "int8";
+
 /// Tokens from which on halves are taken apart once for all tiles.
 const APART: usize = 17;
 /// Tokens from which on each task takes some of them, with all weights.

@@ -30,7 +30,7 @@ pub type Matmul = fn(&Tensor, &Quantized, DType, &mut [u8], &Cancel) -> Result<(
 pub fn by_name(compute: &str) -> Result<Matmul> {
     match compute {
         "f32" => Ok(matmul_into),
-        "int8" => Ok(super::int8::matmul_into),
+        super::int8::NAME => Ok(super::int8::matmul_into),
         "llm_int8" => Ok(super::llm_int8::matmul_into),
         other => Err(Error::option(
             "compute",
