@@ -147,7 +147,7 @@ impl Multiply<'_> {
             4 => self.narrow::<I, 4, KIND>(isa),
             8 => self.narrow::<I, 8, KIND>(isa),
             12 if KIND == STEP => self.narrow::<I, 12, STEP>(isa),
-            _ => {}
+            _ => unreachable!("tiles are of 1, 4, 8 or, of whole steps, 12 tokens"),
         }
     }
 
