@@ -17,8 +17,10 @@ pub mod quantize;
 pub mod sparsity;
 pub mod transpose;
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
@@ -41,13 +43,29 @@ impl Cancel {
     /// BEAM scheduler that woke up waiting for the next tick, up to 10 ms away,
     /// unless the running thread enters the kernel by itself.
     pub fn check(&self) -> Result<()> {
-        std::thread::yield_now();
+        yield_in_turn();
         if self.0.load(Ordering::Relaxed) {
             Err(Error::Cancelled)
         } else {
             Ok(())
         }
     }
+}
+
+/// Yields where the thread has not done so for a while: a chunk of memory-bound
+/// work takes hardly longer than the system call.
+fn yield_in_turn() {
+    const WHILE: Duration = Duration::from_micros(50);
+    thread_local! {
+        static LAST: Cell<Option<Instant>> = const { Cell::new(None) };
+    }
+    let now = Instant::now();
+    LAST.with(|last| {
+        if last.get().is_none_or(|then| now - then >= WHILE) {
+            std::thread::yield_now();
+            last.set(Some(now));
+        }
+    });
 }
 
 /// Elements that one task works on: small enough for the L2 cache together
