@@ -266,6 +266,14 @@ impl Extremes {
     }
 }
 
+/// What encoders say of an element that is no number; what and where is counted
+/// over the whole tensor.
+pub const NOT_FINITE: Error = Error::NonFinite {
+    nan: 0,
+    inf: 0,
+    first: 0,
+};
+
 /// A way to store numbers. Implementations live in `formats/`.
 pub trait Format: Send + Sync {
     /// The name by which users ask for it.
@@ -298,6 +306,11 @@ pub trait Format: Send + Sync {
 
     /// Whether `encode` needs the extremes of the whole tensor.
     fn needs_extremes(&self, _spec: &Spec) -> bool {
+        false
+    }
+
+    /// Whether `encode` fails by itself where an element is no number: scales tell.
+    fn sees_non_finite(&self, _spec: &Spec) -> bool {
         false
     }
 

@@ -38,6 +38,8 @@ fn values_that_are_not_finite_are_counted_and_found() {
                 (n / 2, f32::INFINITY),
                 (n - 1, f32::NEG_INFINITY),
                 (n - 1, -f32::NAN),
+                // Its payload carries into the sign where bits are added to.
+                (n - 1, f32::from_bits(0x7fff_ffff)),
             ] {
                 let mut x = clean.clone();
                 x[at] = bad;

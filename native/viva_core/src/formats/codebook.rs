@@ -12,8 +12,8 @@ use std::sync::LazyLock;
 
 use crate::error::{Error, Result};
 use crate::format::{
-    Decode, Extremes, Format, Granularity, Grid, Input, MAX_BLOCK, Method, OptionValue, Options,
-    Part, Quantized, Scale, Spec, Values, Zero,
+    Decode, Extremes, Format, Granularity, Grid, Input, MAX_BLOCK, Method, NOT_FINITE, OptionValue,
+    Options, Part, Quantized, Scale, Spec, Values, Zero,
 };
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
 use crate::simd::codebook::{Codebook, Encode, LEAST, decode_run};
@@ -172,6 +172,10 @@ impl Format for Codebook4 {
         ])
     }
 
+    fn sees_non_finite(&self, spec: &Spec) -> bool {
+        spec.method == Method::Rtn
+    }
+
     fn encode(
         &self,
         spec: &Spec,
@@ -182,7 +186,7 @@ impl Format for Codebook4 {
     ) -> Result<()> {
         let mut absmax = vec![0f32; x.len().div_ceil(block_len)];
         let mut codes = vec![0u8; x.len()];
-        dispatch(Encode {
+        let finite = dispatch(Encode {
             book: &self.book,
             search: spec.method == Method::Mse,
             block_len,
@@ -190,6 +194,9 @@ impl Format for Codebook4 {
             codes: &mut codes,
             absmax: &mut absmax,
         });
+        if !finite {
+            return Err(NOT_FINITE);
+        }
         if codes.len() % 2 == 1 {
             // As bitsandbytes pads: with an element of zero.
             codes.push(self.book.code(0.0));

@@ -188,7 +188,7 @@ impl Int {
                 biases,
             });
         } else {
-            dispatch(Encode {
+            let finite = dispatch(Encode {
                 grid,
                 choice: match (extremes, spec.scale, spec.method) {
                     (Some(e), Scale::Absmax, _) => {
@@ -205,6 +205,9 @@ impl Int {
                 scales,
                 zeros,
             });
+            if !finite {
+                return Err(format::NOT_FINITE);
+            }
         }
         let mut finite = scales.iter().zip(biases.iter());
         match finite.position(|(s, b)| !(s.is_finite() && b.is_finite())) {
@@ -401,6 +404,11 @@ impl Format for Int {
 
     fn needs_extremes(&self, spec: &Spec) -> bool {
         spec.granularity == Granularity::Tensor
+    }
+
+    fn sees_non_finite(&self, spec: &Spec) -> bool {
+        let own_scales = spec.granularity != Granularity::Tensor;
+        own_scales && spec.method == Method::Rtn && spec.zero == Zero::Integer
     }
 
     fn encode(

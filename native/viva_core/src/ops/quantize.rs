@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::{CHUNK, Cancel, pool};
 use crate::error::{Error, Result};
-use crate::format::{Extremes, Part, Quantized, Spec};
+use crate::format::{Extremes, NOT_FINITE, Part, Quantized, Spec};
 use crate::simd::dispatch;
 use crate::simd::stats::{IsFinite, RangeWithZero};
 use crate::tensor::{Buffer, DType, Tensor};
@@ -32,6 +32,7 @@ pub fn quantize(x: &Tensor, spec: &Spec, cancel: &Cancel) -> Result<Quantized> {
         .map(|p| Buffer::zeroed(p.shape.iter().product::<usize>() * p.dtype.size()))
         .collect();
     let block_len = spec.block_len(x.shape()).max(1);
+    let unseen = !format.sees_non_finite(spec);
     let outcome = pool::run(|| {
         let extremes = needed_extremes(x, spec, cancel)?;
         let tasks = cut(x.len(), block_len, &working, &mut buffers);
@@ -40,12 +41,8 @@ pub fn quantize(x: &Tensor, spec: &Spec, cancel: &Cancel) -> Result<Quantized> {
             .try_for_each_init(Vec::new, |scratch, mut task| {
                 cancel.check()?;
                 let values = x.f32_chunk(task.start..task.end, scratch);
-                if !dispatch(IsFinite(values)) {
-                    return Err(Error::NonFinite {
-                        nan: 0,
-                        inf: 0,
-                        first: 0,
-                    });
+                if unseen && !dispatch(IsFinite(values)) {
+                    return Err(NOT_FINITE);
                 }
                 format.encode(spec, block_len, extremes, values, &mut task.parts)
             })?;

@@ -1,9 +1,9 @@
 //! Integer codes under a float zero point: value = code · scale + bias.
 
-use super::int::{round_clamped, round_scale};
+use super::int::{Quotient, Ratio, Rounding, round_clamped, round_scale};
 use super::{Isa, LANES, Op};
 use crate::format::Method;
-use crate::method::mse::{ROUND, lanes};
+use crate::method::mse::lanes;
 use crate::method::{affine, hqq};
 use crate::tensor::DType;
 
@@ -137,26 +137,27 @@ impl Op for Encode<'_> {
     }
 }
 
+/// How far x lies above the bias, in steps of the scale.
+#[derive(Clone, Copy)]
+struct Steps<I: Isa> {
+    bias: I::F,
+    ratio: Quotient<I>,
+}
+
+impl<I: Isa> Ratio<I> for Steps<I> {
+    #[inline(always)]
+    fn of(self, isa: I, x: I::F) -> I::F {
+        self.ratio.of(isa.sub(x, self.bias))
+    }
+}
+
 #[inline(always)]
 fn codes<I: Isa>(isa: I, x: &[f32], out: &mut [u8], line: Line, top: f32) {
-    let (scale, bias) = (isa.splat(line.scale), isa.splat(line.bias));
-    let (zero, top, round) = (isa.splat(0.0), isa.splat(top), isa.splat(ROUND));
-    let shift = isa.splat_u(0u32.wrapping_sub(ROUND.to_bits()));
-    let code = |v: I::F| {
-        let v = isa.div(isa.sub(v, bias), scale);
-        let v = isa.min(isa.max(v, zero), top);
-        isa.add_u(isa.bits(isa.add(v, round)), shift)
+    let steps = Steps {
+        bias: isa.splat(line.bias),
+        ratio: Quotient::new(isa, line.scale, 1.0 / line.scale),
     };
-    let (chunks, tail) = x.as_chunks::<LANES>();
-    let (outs, out_tail) = out.as_chunks_mut::<LANES>();
-    for (x, out) in chunks.iter().zip(outs) {
-        isa.store_u8(code(isa.load(x)), out);
-    }
-    if !tail.is_empty() {
-        let mut lanes = [0u8; LANES];
-        isa.store_u8(code(isa.load_part(tail, line.bias)), &mut lanes);
-        out_tail.copy_from_slice(&lanes[..tail.len()]);
-    }
+    Rounding::new(isa, (0, top as i32), 0).codes(x, out, steps);
 }
 
 /// Values of consecutive codes of one block: code · scale + bias.

@@ -1,8 +1,8 @@
 //! 4-bit codes into a table of sixteen values.
 
-use super::stats::absmax;
+use super::stats::{absmax_each, stays_zero, together};
 use super::{Isa, LANES, Op};
-use crate::method::mse::{Best, squared_error};
+use crate::method::mse::{Best, ROUND, squared_error};
 
 /// A table of values, and the thresholds between its neighbours.
 #[derive(Clone, Debug)]
@@ -14,6 +14,49 @@ pub struct Codebook {
     tree: [f32; 16],
     /// The code of each rank in `sorted`.
     code_of_rank: [u8; 16],
+    cells: Option<Cells>,
+}
+
+/// Cells of one width with at most one threshold in each: two look-ups and one
+/// comparison find the rank. Not every table has neighbours so far apart.
+#[derive(Clone, Debug)]
+struct Cells {
+    /// cell(y) = the nearest integer of y · scale + offset, among 0 … 31. It
+    /// never falls where y rises, which is all that the search asks of it.
+    scale: f32,
+    offset: f32,
+    /// The threshold in each cell, or infinity.
+    threshold: [f32; 32],
+    /// How many thresholds lie in the cells before.
+    below: [u32; 32],
+}
+
+impl Cells {
+    fn new(sorted: &[f32; 16], threshold: [f32; 15]) -> Option<Cells> {
+        let (low, high) = (sorted[0], sorted[15]);
+        let scale = 31.0 / (high - low);
+        let mut cells = Cells {
+            scale,
+            offset: -low * scale,
+            threshold: [f32::INFINITY; 32],
+            below: [0; 32],
+        };
+        for t in threshold {
+            let cell = cells.of(t);
+            if cells.threshold[cell] != f32::INFINITY {
+                return None;
+            }
+            cells.threshold[cell] = t;
+            cells.below[cell + 1..].iter_mut().for_each(|n| *n += 1);
+        }
+        Some(cells)
+    }
+
+    /// The cell of y.
+    fn of(&self, y: f32) -> usize {
+        let cell = (y * self.scale + self.offset).clamp(0.0, 31.0);
+        (cell + ROUND - ROUND) as usize
+    }
 }
 
 impl Codebook {
@@ -35,15 +78,17 @@ impl Codebook {
             a.partial_cmp(&b).unwrap_or(std::cmp::Ordering::Equal)
         });
         let sorted = code_of_rank.map(|c| table[usize::from(c)]);
+        let threshold = |above: usize| threshold_of((sorted[above - 1] + sorted[above]) / 2.0);
         let mut tree = [0f32; 16];
-        for (node, threshold) in tree.iter_mut().enumerate().skip(1) {
+        for (node, t) in tree.iter_mut().enumerate().skip(1) {
             let depth = node.ilog2();
             // In order, the nodes of one depth lie evenly among the ranks.
             let width = 16 >> depth;
             let above = (node - (1 << depth)) * width + width / 2;
-            *threshold = threshold_of((sorted[above - 1] + sorted[above]) / 2.0);
+            *t = threshold(above);
         }
         Codebook {
+            cells: Cells::new(&sorted, std::array::from_fn(|i| threshold(i + 1))),
             sorted,
             tree,
             code_of_rank,
@@ -65,36 +110,78 @@ impl Codebook {
 #[derive(Clone, Copy)]
 pub struct Search<I: Isa> {
     isa: I,
-    root: I::F,
-    tree: I::F,
     sorted: I::F,
+    way: Way<I>,
+}
+
+#[derive(Clone, Copy)]
+enum Way<I: Isa> {
+    Tree {
+        root: I::F,
+        tree: I::F,
+    },
+    Cells {
+        scale: I::F,
+        offset: I::F,
+        threshold: [I::F; 2],
+        below: [I::F; 2],
+    },
 }
 
 impl<I: Isa> Search<I> {
     #[inline(always)]
     pub fn new(isa: I, book: &Codebook) -> Search<I> {
+        let way = match &book.cells {
+            None => Way::Tree {
+                root: isa.splat(book.tree[1]),
+                tree: isa.load(&book.tree),
+            },
+            Some(cells) => {
+                let halves = |table: &[f32; 32]| {
+                    let (halves, _) = table.as_chunks::<LANES>();
+                    [isa.load(&halves[0]), isa.load(&halves[1])]
+                };
+                Way::Cells {
+                    scale: isa.splat(cells.scale),
+                    offset: isa.splat(cells.offset),
+                    threshold: halves(&cells.threshold),
+                    below: halves(&cells.below.map(f32::from_bits)),
+                }
+            }
+        };
         Search {
             isa,
-            root: isa.splat(book.tree[1]),
-            tree: isa.load(&book.tree),
             sorted: isa.load(&book.sorted),
+            way,
         }
     }
 
-    /// 16 + the rank of the nearest value.
-    #[inline(always)]
-    fn leaf(self, y: I::F) -> I::U {
-        let isa = self.isa;
-        let mut node = isa.descend(isa.splat_u(1), y, self.root);
-        for _ in 0..3 {
-            node = isa.descend(node, y, isa.lookup(self.tree, node));
-        }
-        node
-    }
-
+    /// The rank of the nearest value.
     #[inline(always)]
     fn rank(self, y: I::F) -> I::U {
-        self.isa.sub_u(self.leaf(y), self.isa.splat_u(16))
+        let isa = self.isa;
+        match self.way {
+            Way::Tree { root, tree } => {
+                let mut node = isa.descend(isa.splat_u(1), y, root);
+                for _ in 0..3 {
+                    node = isa.descend(node, y, isa.lookup(tree, node));
+                }
+                isa.sub_u(node, isa.splat_u(16))
+            }
+            Way::Cells {
+                scale,
+                offset,
+                threshold,
+                below,
+            } => {
+                let cell = isa.add(isa.mul(y, scale), offset);
+                let cell = isa.min(isa.max(cell, isa.splat(0.0)), isa.splat(31.0));
+                // The low bits of ROUND + n are those of n.
+                let cell = isa.bits(isa.add(cell, isa.splat(ROUND)));
+                let below = isa.bits(isa.lookup_32(below, cell));
+                isa.count(below, y, isa.lookup_32(threshold, cell))
+            }
+        }
     }
 
     /// The nearest value itself.
@@ -165,32 +252,40 @@ pub struct Encode<'a> {
 }
 
 impl Op for Encode<'_> {
-    type Output = ();
+    /// Whether all elements are numbers.
+    type Output = bool;
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn run<I: Isa>(self, isa: I) -> bool {
         let search = Search::new(isa, self.book);
-        let blocks = self
-            .x
-            .chunks(self.block_len)
-            .zip(self.codes.chunks_mut(self.block_len));
-        for ((x, out), scale) in blocks.zip(self.absmax) {
-            let most = absmax(isa, x);
-            *scale = if self.search {
-                search.mse(x, most)
-            } else {
-                most
-            };
-            let divisor = if *scale > LEAST { *scale } else { LEAST };
-            if x.len() == self.block_len {
-                let inv = isa.splat(1.0 / divisor);
-                search.ranks(x, out, |v| isa.mul(v, inv));
-            } else {
-                // bitsandbytes divides in a short last block, and stores the
-                // divisor that it used.
-                *scale = divisor;
-                let divisor = isa.splat(divisor);
-                search.ranks(x, out, |v| isa.div(v, divisor));
+        let group = together(self.block_len);
+        let span = group.saturating_mul(self.block_len);
+        let groups = self.x.chunks(span).zip(self.codes.chunks_mut(span));
+        let mut finite = isa.splat(0.0);
+        for ((x, out), scales) in groups.zip(self.absmax.chunks_mut(group)) {
+            let most = absmax_each(isa, x, self.block_len, &mut finite);
+            let divisor = isa.max(most, isa.splat(LEAST));
+            let (mut absmax, mut inverse) = ([0f32; LANES], [0f32; LANES]);
+            isa.store(most, &mut absmax);
+            isa.store(isa.div(isa.splat(1.0), divisor), &mut inverse);
+            let blocks = x.chunks(self.block_len).zip(out.chunks_mut(self.block_len));
+            for ((i, (x, out)), scale) in blocks.enumerate().zip(scales) {
+                *scale = absmax[i];
+                let mut inv = inverse[i];
+                if self.search {
+                    *scale = search.mse(x, absmax[i]);
+                    inv = 1.0 / if *scale > LEAST { *scale } else { LEAST };
+                }
+                if x.len() == self.block_len {
+                    let inv = isa.splat(inv);
+                    search.ranks(x, out, |v| isa.mul(v, inv));
+                } else {
+                    // bitsandbytes divides in a short last block, and stores the
+                    // divisor that it used.
+                    *scale = if *scale > LEAST { *scale } else { LEAST };
+                    let divisor = isa.splat(*scale);
+                    search.ranks(x, out, |v| isa.div(v, divisor));
+                }
             }
         }
         if self.book.code_of_rank != IDENTITY {
@@ -198,6 +293,7 @@ impl Op for Encode<'_> {
                 *code = self.book.code_of_rank[usize::from(*code & 15)];
             }
         }
+        stays_zero(isa, finite)
     }
 }
 

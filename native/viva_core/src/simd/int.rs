@@ -2,8 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::stats::{absmax, range_with_zero};
-use super::vector::round_f16;
+use super::stats::{absmax_each, range_each, range_with_zero, stays_zero, together};
 use super::{Isa, LANES, Op};
 use crate::method::mse::{Best, ROUND, squared_error};
 use crate::tensor::DType;
@@ -39,6 +38,60 @@ pub fn round_scale(dtype: DType, scale: f32) -> f32 {
     }
 }
 
+/// The same of sixteen finite scales.
+#[inline(always)]
+fn round_scales<I: Isa>(isa: I, dtype: DType, scales: I::F) -> I::F {
+    match dtype {
+        DType::F16 => isa.round_f16(scales),
+        DType::BF16 => {
+            let bits = isa.bits(scales);
+            let even = isa.and(isa.upper_half(bits), isa.splat_u(1));
+            let up = isa.add_u(isa.add_u(bits, isa.splat_u(0x7fff)), even);
+            isa.floats(isa.and(up, isa.splat_u(0xffff_0000)))
+        }
+        _ => scales,
+    }
+}
+
+/// Division by one number of what is rounded to an integer afterwards.
+#[derive(Clone, Copy)]
+pub(crate) struct Quotient<I: Isa> {
+    isa: I,
+    divisor: I::F,
+    minus_divisor: I::F,
+    inverse: I::F,
+    /// Whether a product, mended by its remainder, does for the division.
+    mended: bool,
+}
+
+impl<I: Isa> Quotient<I> {
+    /// Division by `divisor`, whose reciprocal is `inverse`.
+    #[inline(always)]
+    pub fn new(isa: I, divisor: f32, inverse: f32) -> Quotient<I> {
+        Quotient {
+            isa,
+            divisor: isa.splat(divisor),
+            minus_divisor: isa.splat(-divisor),
+            inverse: isa.splat(inverse),
+            // Far from where remainders lose bits below the least f32.
+            mended: I::FUSES && (1e-27..1e27).contains(&divisor.abs()),
+        }
+    }
+
+    /// What rounds to the same integer, up to 256, as v / divisor does.
+    #[inline(always)]
+    pub fn of(self, v: I::F) -> I::F {
+        let isa = self.isa;
+        if self.mended {
+            let near = isa.mul(v, self.inverse);
+            let rest = isa.fused(near, self.minus_divisor, v);
+            isa.fused(rest, self.inverse, near)
+        } else {
+            isa.div(v, self.divisor)
+        }
+    }
+}
+
 /// Clamps, then rounds to the nearest integer, ties to even.
 #[inline(always)]
 pub(crate) fn round_clamped<I: Isa>(isa: I, v: I::F, lo: f32, hi: f32) -> I::F {
@@ -46,33 +99,75 @@ pub(crate) fn round_clamped<I: Isa>(isa: I, v: I::F, lo: f32, hi: f32) -> I::F {
     isa.sub(isa.add(v, isa.splat(ROUND)), isa.splat(ROUND))
 }
 
-/// Integer codes of `x`, from `ratio(x)` = x / scale.
-#[inline(always)]
-fn codes<I: Isa>(
-    isa: I,
-    x: &[f32],
-    out: &mut [u8],
-    (lo, hi): (i32, i32),
-    add: i32,
-    ratio: impl Fn(I::F) -> I::F,
-) {
-    let (lo, hi) = (isa.splat(lo as f32), isa.splat(hi as f32));
-    let round = isa.splat(ROUND);
-    // The bits of ROUND + n are those of ROUND, plus n.
-    let shift = isa.splat_u((add as u32).wrapping_sub(ROUND.to_bits()));
-    let code = |v: I::F| {
-        let clamped = isa.min(isa.max(ratio(v), lo), hi);
-        isa.add_u(isa.bits(isa.add(clamped, round)), shift)
-    };
-    let (chunks, tail) = x.as_chunks::<LANES>();
-    let (outs, out_tail) = out.as_chunks_mut::<LANES>();
-    for (x, out) in chunks.iter().zip(outs) {
-        isa.store_u8(code(isa.load(x)), out);
+/// What becomes of x before it is clamped and rounded.
+pub(crate) trait Ratio<I: Isa>: Copy {
+    fn of(self, isa: I, x: I::F) -> I::F;
+}
+
+impl<I: Isa> Ratio<I> for Quotient<I> {
+    #[inline(always)]
+    fn of(self, _isa: I, x: I::F) -> I::F {
+        self.of(x)
     }
-    if !tail.is_empty() {
-        let mut lanes = [0u8; LANES];
-        isa.store_u8(code(isa.load_part(tail, 0.0)), &mut lanes);
-        out_tail.copy_from_slice(&lanes[..tail.len()]);
+}
+
+/// Codes: ratios clamped, rounded and shifted.
+#[derive(Clone, Copy)]
+pub(crate) struct Rounding<I: Isa> {
+    isa: I,
+    lo: I::F,
+    hi: I::F,
+    round: I::F,
+    shift: I::U,
+}
+
+impl<I: Isa> Rounding<I> {
+    /// Codes from `lo` to `hi`, and `add` on top.
+    #[inline(always)]
+    pub fn new(isa: I, (lo, hi): (i32, i32), add: i32) -> Rounding<I> {
+        Rounding {
+            isa,
+            lo: isa.splat(lo as f32),
+            hi: isa.splat(hi as f32),
+            round: isa.splat(ROUND),
+            // The bits of ROUND + n are those of ROUND, plus n.
+            shift: isa.splat_u((add as u32).wrapping_sub(ROUND.to_bits())),
+        }
+    }
+
+    #[inline(always)]
+    fn code(self, ratio: I::F) -> I::U {
+        let isa = self.isa;
+        let clamped = isa.min(isa.max(ratio, self.lo), self.hi);
+        isa.add_u(isa.bits(isa.add(clamped, self.round)), self.shift)
+    }
+
+    /// The codes of `x`.
+    #[inline(always)]
+    pub fn codes(self, x: &[f32], out: &mut [u8], ratio: impl Ratio<I>) {
+        let isa = self.isa;
+        let (chunks, tail) = x.as_chunks::<LANES>();
+        let (outs, out_tail) = out.as_chunks_mut::<LANES>();
+        for (x, out) in chunks.iter().zip(outs) {
+            isa.store_u8(self.code(ratio.of(isa, isa.load(x))), out);
+        }
+        if !tail.is_empty() {
+            let mut lanes = [0u8; LANES];
+            let code = self.code(ratio.of(isa, isa.load_part(tail, 0.0)));
+            isa.store_u8(code, &mut lanes);
+            out_tail.copy_from_slice(&lanes[..tail.len()]);
+        }
+    }
+}
+
+/// LLM.int8(): what f16 makes of x, times 127 / absmax.
+#[derive(Clone, Copy)]
+struct HalfProduct<I: Isa>(I::F);
+
+impl<I: Isa> Ratio<I> for HalfProduct<I> {
+    #[inline(always)]
+    fn of(self, isa: I, x: I::F) -> I::F {
+        isa.mul(isa.round_f16(x), self.0)
     }
 }
 
@@ -102,6 +197,27 @@ impl Grid {
         // Halves first: the difference of two large finite values can overflow.
         let scale = round_scale(dtype, (high * 0.5 - low * 0.5) / (levels * 0.5));
         self.with_zero(scale, -low)
+    }
+
+    /// [`Grid::rtn`] of sixteen blocks: scales, and zero points.
+    #[inline(always)]
+    fn rtn_each<I: Isa>(self, isa: I, dtype: DType, low: I::F, high: I::F) -> (I::F, I::U) {
+        if self.symmetric {
+            let scale = isa.div(high, isa.splat(self.divisor));
+            let zero = isa.splat_u(self.offset as u32);
+            return (round_scales(isa, dtype, scale), zero);
+        }
+        let half = isa.splat(0.5);
+        let range = isa.sub(isa.mul(high, half), isa.mul(low, half));
+        let levels = isa.splat((self.hi - self.lo) as f32 * 0.5);
+        let scale = round_scales(isa, dtype, isa.div(range, levels));
+        let nothing = isa.splat(0.0);
+        let zero = isa.div(isa.sub(nothing, low), scale);
+        let zero = round_clamped(isa, zero, self.lo as f32, self.hi as f32);
+        (
+            scale,
+            isa.float_to_int(isa.choose(scale, nothing, zero, nothing)),
+        )
     }
 
     #[inline(always)]
@@ -209,64 +325,101 @@ pub struct Encode<'a> {
     pub zeros: &'a mut [u8],
 }
 
+impl Encode<'_> {
+    /// Scales and zero points of up to sixteen blocks; `finite` as of
+    /// `absmax_each`.
+    #[inline(always)]
+    fn fits<I: Isa>(&self, isa: I, x: &[f32], finite: &mut I::F) -> [Fit; LANES] {
+        let fixed = |scale| [Fit { scale, zero: 0 }; LANES];
+        let (scales, zeros) = match self.choice {
+            Choice::Fixed(fit) => return [fit; LANES],
+            Choice::FixedAbsmax(most) => return fixed(most),
+            Choice::Mse(dtype) => {
+                let mut fits = fixed(0.0);
+                for (x, fit) in x.chunks(self.block_len).zip(&mut fits) {
+                    *fit = self.grid.mse(isa, dtype, x);
+                }
+                return fits;
+            }
+            Choice::Absmax => {
+                let most = absmax_each(isa, x, self.block_len, finite);
+                (isa.round_f16(most), isa.splat_u(0))
+            }
+            Choice::Rtn(dtype) if self.grid.symmetric => {
+                let most = absmax_each(isa, x, self.block_len, finite);
+                self.grid.rtn_each(isa, dtype, most, most)
+            }
+            Choice::Rtn(dtype) => {
+                let (low, high) = range_each(isa, x, self.block_len, finite);
+                self.grid.rtn_each(isa, dtype, low, high)
+            }
+        };
+        let (mut scale, mut zero) = ([0f32; LANES], [0u32; LANES]);
+        isa.store(scales, &mut scale);
+        isa.store_u(zeros, &mut zero);
+        std::array::from_fn(|i| Fit {
+            scale: scale[i],
+            zero: zero[i] as i32,
+        })
+    }
+}
+
 impl Op for Encode<'_> {
-    type Output = ();
+    /// Whether all elements are numbers, as far as extremes were looked for: a
+    /// search and a fixed scale tell nothing.
+    type Output = bool;
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn run<I: Isa>(mut self, isa: I) -> bool {
         let Grid { lo, hi, offset, .. } = self.grid;
-        let blocks = self
-            .x
-            .chunks(self.block_len)
-            .zip(self.codes.chunks_mut(self.block_len));
-        for (((x, out), scale), zero) in blocks.zip(self.scales).zip(self.zeros) {
-            let absmax_rule = match self.choice {
-                Choice::Absmax => Some(round_f16(absmax(isa, x))),
-                Choice::FixedAbsmax(most) => Some(most),
-                _ => None,
-            };
-            if let Some(most) = absmax_rule {
-                *scale = most;
-                // Two roundings, as torch divides a number by a tensor; f16 has
-                // no magnitude so small that its reciprocal overflows.
-                let inv = if most > 0.0 {
-                    (1.0 / most) * 127.0
+        let group = together(self.block_len);
+        let span = group.saturating_mul(self.block_len);
+        let (codes_out, scales_out, zeros_out) = (
+            std::mem::take(&mut self.codes),
+            std::mem::take(&mut self.scales),
+            std::mem::take(&mut self.zeros),
+        );
+        let groups = self.x.chunks(span).zip(codes_out.chunks_mut(span));
+        let numbers = scales_out
+            .chunks_mut(group)
+            .zip(zeros_out.chunks_mut(group));
+        let mut finite = isa.splat(0.0);
+        for ((x, out), (scales, zeros)) in groups.zip(numbers) {
+            let fits = self.fits(isa, x, &mut finite);
+            let inverses = fits.map(|fit| 1.0 / fit.scale);
+            let blocks = x.chunks(self.block_len).zip(out.chunks_mut(self.block_len));
+            for (i, ((x, out), (scale, zero))) in
+                blocks.zip(scales.iter_mut().zip(zeros)).enumerate()
+            {
+                let fit = fits[i];
+                *scale = fit.scale;
+                *zero = fit.zero as u8;
+                if let Choice::Absmax | Choice::FixedAbsmax(_) = self.choice {
+                    // Two roundings, as torch divides a number by a tensor; f16 has
+                    // no magnitude so small that its reciprocal overflows.
+                    let inv = if fit.scale > 0.0 {
+                        inverses[i] * 127.0
+                    } else {
+                        0.0
+                    };
+                    let product = HalfProduct(isa.splat(inv));
+                    Rounding::new(isa, (lo, hi), offset).codes(x, out, product);
+                    continue;
+                }
+                if fit.scale == 0.0 {
+                    out.fill(fit.zero as u8);
+                    continue;
+                }
+                let (lo, hi) = if self.grid.symmetric {
+                    (lo, hi)
                 } else {
-                    0.0
+                    (lo - fit.zero, hi - fit.zero)
                 };
-                let inv = isa.splat(inv);
-                codes(isa, x, out, (lo, hi), offset, |v| {
-                    isa.mul(isa.round_f16(v), inv)
-                });
-                continue;
+                let ratio = Quotient::new(isa, fit.scale, inverses[i]);
+                Rounding::new(isa, (lo, hi), fit.zero).codes(x, out, ratio);
             }
-            let fit = match self.choice {
-                Choice::Mse(dtype) => self.grid.mse(isa, dtype, x),
-                Choice::Fixed(fit) => fit,
-                Choice::Rtn(dtype) if self.grid.symmetric => {
-                    let most = absmax(isa, x);
-                    self.grid.rtn(dtype, -most, most)
-                }
-                Choice::Rtn(dtype) => {
-                    let (low, high) = range_with_zero(isa, x);
-                    self.grid.rtn(dtype, low, high)
-                }
-                Choice::Absmax | Choice::FixedAbsmax(_) => continue,
-            };
-            *scale = fit.scale;
-            *zero = fit.zero as u8;
-            if fit.scale == 0.0 {
-                out.fill(fit.zero as u8);
-                continue;
-            }
-            let (lo, hi) = if self.grid.symmetric {
-                (lo, hi)
-            } else {
-                (lo - fit.zero, hi - fit.zero)
-            };
-            let scale = isa.splat(fit.scale);
-            codes(isa, x, out, (lo, hi), fit.zero, |v| isa.div(v, scale));
         }
+        stays_zero(isa, finite)
     }
 }
 
@@ -372,5 +525,57 @@ pub fn decode_run<I: Isa>(
         let mut lanes = [0u8; LANES];
         lanes[..tail.len()].copy_from_slice(tail);
         isa.store_part(value(&lanes), out_tail);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{dispatch_at, levels};
+
+    /// Divisors 1 … 2, every so many.
+    struct Quotients {
+        first: u32,
+        step: usize,
+    }
+
+    impl Op for Quotients {
+        type Output = Option<f32>;
+
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> Option<f32> {
+            let round = isa.splat(ROUND);
+            for mantissa in (self.first..1 << 23).step_by(self.step) {
+                let divisor = f32::from_bits(0x3f80_0000 | mantissa);
+                let ratio = Quotient::new(isa, divisor, 1.0 / divisor);
+                // Halfway between integers, and what lies around it.
+                for half in 0..256 {
+                    let tie = (half as f32 + 0.5) * divisor;
+                    let near =
+                        std::array::from_fn(|i| f32::from_bits(tie.to_bits() - 8 + i as u32));
+                    let near = isa.load(&near);
+                    let (mut own, mut exact) = ([0; LANES], [0; LANES]);
+                    isa.store_u(isa.bits(isa.add(ratio.of(near), round)), &mut own);
+                    let quotient = isa.div(near, isa.splat(divisor));
+                    isa.store_u(isa.bits(isa.add(quotient, round)), &mut exact);
+                    if own != exact {
+                        return Some(divisor);
+                    }
+                }
+            }
+            None
+        }
+    }
+
+    /// A step of 1 passes too, in a minute or two a level.
+    #[test]
+    fn quotients_round_as_divisions_do() {
+        for level in levels() {
+            let sample = Quotients {
+                first: 5,
+                step: 4099,
+            };
+            assert_eq!(dispatch_at(level, sample), None, "at {}", level.name());
+        }
     }
 }

@@ -29,6 +29,7 @@ impl Isa for Neon {
     type F = Floats;
     type U = Ints;
     const ACCUMULATORS: usize = 6;
+    const FUSES: bool = true;
 
     intrinsics! {
         fn splat(self, v: f32) -> Floats { [vdupq_n_f32(v); 4] }

@@ -34,15 +34,17 @@ impl Op for Pack<'_> {
 #[inline(always)]
 fn pack_bytes(order: Order, codes: &[u8], out: &mut [u8]) {
     let (pairs, tail) = codes.as_chunks::<2>();
+    // As 16-bit numbers, which narrow in one instruction for many.
+    let words = pairs.iter().map(|&pair| u16::from_le_bytes(pair));
     match order {
         Order::LowFirst => {
-            for (o, [a, b]) in out.iter_mut().zip(pairs) {
-                *o = a | (b << 4);
+            for (o, w) in out.iter_mut().zip(words) {
+                *o = (w | w >> 4) as u8;
             }
         }
         Order::HighFirst => {
-            for (o, [a, b]) in out.iter_mut().zip(pairs) {
-                *o = (a << 4) | b;
+            for (o, w) in out.iter_mut().zip(words) {
+                *o = (w << 4 | w >> 8) as u8;
             }
         }
     }

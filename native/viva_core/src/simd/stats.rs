@@ -56,6 +56,87 @@ pub fn range_with_zero<I: Isa>(isa: I, x: &[f32]) -> (f32, f32) {
     )
 }
 
+/// How many blocks of that length are looked at together: as many as one vector
+/// has lanes, while they stay in the nearest cache.
+pub const fn together(block_len: usize) -> usize {
+    if block_len <= 256 { LANES } else { 1 }
+}
+
+/// [`absmax`] of up to sixteen blocks, one a lane; zeros in the lanes past them.
+/// `finite` stays zero while all elements are numbers.
+#[inline(always)]
+pub fn absmax_each<I: Isa>(isa: I, x: &[f32], block_len: usize, finite: &mut I::F) -> I::F {
+    let most = absmax_lanes(isa, x, block_len);
+    *finite = isa.mul_add(most, isa.splat(0.0), *finite);
+    most
+}
+
+/// Whether what `absmax_each` and `range_each` add up is zero still.
+#[inline(always)]
+pub fn stays_zero<I: Isa>(isa: I, finite: I::F) -> bool {
+    isa.sum(finite) == 0.0
+}
+
+#[inline(always)]
+fn absmax_lanes<I: Isa>(isa: I, x: &[f32], block_len: usize) -> I::F {
+    let (vectors, tail) = x.as_chunks::<LANES>();
+    if tail.is_empty() && vectors.len() == block_len && block_len.is_multiple_of(LANES) {
+        let mask = isa.splat_u(ABS);
+        let mut most = [isa.splat(0.0); LANES];
+        for (block, most) in vectors.chunks_exact(block_len / LANES).zip(&mut most) {
+            let mut m = isa.splat_u(0);
+            for v in block {
+                m = isa.max_u(m, isa.and(isa.bits(isa.load(v)), mask));
+            }
+            *most = isa.floats(m);
+        }
+        let mut rows = isa.transpose(most).map(|row| isa.bits(row));
+        for i in 1..LANES {
+            rows[0] = isa.max_u(rows[0], rows[i]);
+        }
+        return isa.floats(rows[0]);
+    }
+    let mut most = [0f32; LANES];
+    for (block, most) in x.chunks(block_len).zip(&mut most) {
+        *most = absmax(isa, block);
+    }
+    isa.load(&most)
+}
+
+/// [`range_with_zero`] of up to sixteen blocks, one a lane; zeros in the lanes
+/// past them. `finite` stays zero while all elements are numbers.
+#[inline(always)]
+pub fn range_each<I: Isa>(isa: I, x: &[f32], block_len: usize, finite: &mut I::F) -> (I::F, I::F) {
+    let (vectors, tail) = x.as_chunks::<LANES>();
+    if tail.is_empty() && vectors.len() == block_len && block_len.is_multiple_of(LANES) {
+        let zero = isa.splat(0.0);
+        let (mut lows, mut highs) = ([zero; LANES], [zero; LANES]);
+        let blocks = vectors.chunks_exact(block_len / LANES);
+        for ((block, low), high) in blocks.zip(&mut lows).zip(&mut highs) {
+            for v in block {
+                let v = isa.load(v);
+                *low = isa.min(v, *low);
+                *high = isa.max(v, *high);
+                *finite = isa.mul_add(v, zero, *finite);
+            }
+        }
+        let (mut low, mut high) = (zero, zero);
+        for v in isa.transpose(lows) {
+            low = isa.min(v, low);
+        }
+        for v in isa.transpose(highs) {
+            high = isa.max(v, high);
+        }
+        return (low, high);
+    }
+    let (mut lows, mut highs) = ([0f32; LANES], [0f32; LANES]);
+    for (i, block) in x.chunks(block_len).enumerate() {
+        (lows[i], highs[i]) = range_with_zero(isa, block);
+        *finite = isa.mul_add(isa.splat(absmax(isa, block)), isa.splat(0.0), *finite);
+    }
+    (isa.load(&lows), isa.load(&highs))
+}
+
 /// Whether every element is a number.
 pub struct IsFinite<'a>(pub &'a [f32]);
 
@@ -123,6 +204,69 @@ mod tests {
             let lo = x.iter().copied().fold(0.0, f32::min);
             let hi = x.iter().copied().fold(0.0, f32::max);
             assert_eq!(dispatch_at(level, RangeWithZero(&x)), (lo, hi));
+        }
+    }
+
+    struct Each<'a> {
+        x: &'a [f32],
+        block_len: usize,
+    }
+
+    impl Op for Each<'_> {
+        /// Absmaxes, lows, highs, and whether each saw only numbers.
+        type Output = ([[f32; LANES]; 3], [bool; 2]);
+
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> Self::Output {
+            let (mut by_absmax, mut by_range) = (isa.splat(0.0), isa.splat(0.0));
+            let most = absmax_each(isa, self.x, self.block_len, &mut by_absmax);
+            let (low, high) = range_each(isa, self.x, self.block_len, &mut by_range);
+            let lanes = [most, low, high].map(|v| {
+                let mut lanes = [0f32; LANES];
+                isa.store(v, &mut lanes);
+                lanes
+            });
+            (
+                lanes,
+                [by_absmax, by_range].map(|finite| stays_zero(isa, finite)),
+            )
+        }
+    }
+
+    #[test]
+    fn blocks_looked_at_together_are_as_one_by_one() {
+        for block_len in [1, 2, 8, 15, 16, 24, 40, 64, 128, 256, 300] {
+            let most = together(block_len) * block_len;
+            for n in [1, most.div_ceil(2), most - block_len / 2, most] {
+                let mut x: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin()).collect();
+                let mut expected = [[0f32; LANES]; 3];
+                for (i, block) in x.chunks(block_len).enumerate() {
+                    expected[1][i] = block.iter().copied().fold(0.0, f32::min);
+                    expected[2][i] = block.iter().copied().fold(0.0, f32::max);
+                    expected[0][i] = expected[2][i].max(-expected[1][i]);
+                }
+                for level in levels() {
+                    let seen = dispatch_at(level, Each { x: &x, block_len });
+                    let what = format!("{n} in blocks of {block_len} at {}", level.name());
+                    assert_eq!(seen, (expected, [true; 2]), "{what}");
+                }
+                for bad in [
+                    0x7fc0_0000,
+                    0x7fff_ffff,
+                    0xffff_ffff,
+                    0x7f80_0000,
+                    0xff80_0000,
+                ] {
+                    for i in [0, n / 2, n - 1] {
+                        let number = std::mem::replace(&mut x[i], f32::from_bits(bad));
+                        for level in levels() {
+                            let (_, finite) = dispatch_at(level, Each { x: &x, block_len });
+                            assert_eq!(finite, [false; 2], "{bad:x} at {i} of {n}");
+                        }
+                        x[i] = number;
+                    }
+                }
+            }
         }
     }
 }

@@ -15,6 +15,8 @@ pub trait Isa: Copy {
     type U: Copy;
     /// Vectors that fit into registers beside a few operands.
     const ACCUMULATORS: usize;
+    /// Whether [`Isa::fused`] is one instruction.
+    const FUSES: bool;
 
     fn splat(self, v: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
@@ -60,6 +62,29 @@ pub trait Isa: Copy {
     /// The low byte of each lane.
     fn store_u8(self, v: Self::U, out: &mut [u8; LANES]);
     fn store_u(self, v: Self::U, out: &mut [u32; LANES]);
+
+    /// The upper half of each lane, as a number.
+    #[inline(always)]
+    fn upper_half(self, v: Self::U) -> Self::U {
+        let mut lanes = [0; LANES];
+        self.store_u(v, &mut lanes);
+        self.bits(self.load(&lanes.map(|v| f32::from_bits(v >> 16))))
+    }
+
+    /// index + (a > b).
+    #[inline(always)]
+    fn count(self, index: Self::U, a: Self::F, b: Self::F) -> Self::U {
+        self.add_u(index, self.descend(self.splat_u(0), a, b))
+    }
+
+    /// `table[index]` a lane, by the low five bits of the index.
+    #[inline(always)]
+    fn lookup_32(self, table: [Self::F; 2], index: Self::U) -> Self::F {
+        let half = self.int_to_float(self.and(index, self.splat_u(16)));
+        let within = self.and(index, self.splat_u(15));
+        let [low, high] = table.map(|t| self.lookup(t, within));
+        self.choose(half, self.splat(8.0), high, low)
+    }
 
     /// Lane j of vector i in lane i of vector j.
     #[inline(always)]
@@ -116,6 +141,7 @@ impl Isa for Portable {
     type F = [f32; LANES];
     type U = [u32; LANES];
     const ACCUMULATORS: usize = 4;
+    const FUSES: bool = cfg!(target_arch = "aarch64");
 
     #[inline(always)]
     fn splat(self, v: f32) -> Self::F {

@@ -75,6 +75,7 @@ impl<const VNNI: bool> Isa for Avx512With<VNNI> {
     type F = __m512;
     type U = __m512i;
     const ACCUMULATORS: usize = 24;
+    const FUSES: bool = true;
 
     intrinsics! {
         fn splat(self, v: f32) -> __m512 { _mm512_set1_ps(v) }
@@ -115,6 +116,14 @@ impl<const VNNI: bool> Isa for Avx512With<VNNI> {
             _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(v))
         }
         fn store_u(self, v: __m512i, out: &mut [u32; LANES]) { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) }
+        fn upper_half(self, v: __m512i) -> __m512i { _mm512_srli_epi32::<16>(v) }
+        fn count(self, index: __m512i, a: __m512, b: __m512) -> __m512i {
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b);
+            _mm512_mask_sub_epi32(index, above, index, _mm512_set1_epi32(-1))
+        }
+        fn lookup_32(self, table: [__m512; 2], index: __m512i) -> __m512 {
+            _mm512_permutex2var_ps(table[0], index, table[1])
+        }
         fn transpose(self, v: [__m512; LANES]) -> [__m512; LANES] {
             // Squares of four lanes first: lane group l of fours[q][e] is column
             // 4l + e of rows 4q to 4q + 3.
@@ -152,6 +161,7 @@ impl Isa for Avx2 {
     type F = [__m256; 2];
     type U = [__m256i; 2];
     const ACCUMULATORS: usize = 6;
+    const FUSES: bool = true;
 
     intrinsics! {
         fn splat(self, v: f32) -> [__m256; 2] { [_mm256_set1_ps(v); 2] }
@@ -256,6 +266,25 @@ impl Isa for Avx2 {
         fn store_u(self, v: [__m256i; 2], out: &mut [u32; LANES]) {
             _mm256_storeu_si256(out.as_mut_ptr().cast(), v[0]);
             _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), v[1])
+        }
+        fn upper_half(self, v: [__m256i; 2]) -> [__m256i; 2] { v.map(|v| _mm256_srli_epi32::<16>(v)) }
+        fn count(self, index: [__m256i; 2], a: [__m256; 2], b: [__m256; 2]) -> [__m256i; 2] {
+            std::array::from_fn(|h| {
+                let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a[h], b[h]));
+                _mm256_sub_epi32(index[h], above)
+            })
+        }
+        fn lookup_32(self, table: [[__m256; 2]; 2], index: [__m256i; 2]) -> [__m256; 2] {
+            index.map(|i| {
+                // Bits 3 and 4 of the index, moved to the sign, pick the quarter.
+                let odd = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(i));
+                let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<27>(i));
+                let [low, high] = table.map(|t| {
+                    let [even_lanes, odd_lanes] = t.map(|t| _mm256_permutevar8x32_ps(t, i));
+                    _mm256_blendv_ps(even_lanes, odd_lanes, odd)
+                });
+                _mm256_blendv_ps(low, high, upper)
+            })
         }
         fn transpose(self, v: [[__m256; 2]; LANES]) -> [[__m256; 2]; LANES] {
             let mut out = v;
