@@ -3,7 +3,7 @@
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 export LANG ?= C.UTF-8
 
-.PHONY: help setup deps demo test check lint dialyzer docs formats matrix oracle mutations clean
+.PHONY: help setup deps demo test check lint dialyzer docs bench formats matrix oracle mutations clean
 .NOTPARALLEL:
 
 help: ## Show the targets
@@ -37,6 +37,9 @@ docs: deps ## Build the documentation into doc/ and target/doc (needs root)
 	@bin/setup --check
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 	bin/docs
+
+bench: deps ## Time every kernel, method and limit of the machine
+	cargo bench -p viva_core --locked --benches
 
 formats: deps ## Measure the tables of docs/formats.md afresh
 	mix run -r bench/formats_table.exs -e 'FormatsTable.write()'

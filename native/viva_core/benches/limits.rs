@@ -1,8 +1,12 @@
 //! What the machine can do at best, on one thread and on as many as it has:
 //! `cargo bench -p viva_core --bench limits`.
 
+#[path = "../tests/support/mod.rs"]
+mod support;
+
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
+use support::timed;
 use viva_core::ops::limits::{LIMITS, by_name};
 use viva_core::ops::pool;
 use viva_core::simd;
@@ -13,11 +17,6 @@ const PAST_CACHES: usize = 512 << 20;
 fn main() {
     println!("level: {}", simd::level().name());
     divan::main();
-}
-
-/// As cargo asks benchmarks to be.
-fn timed() -> bool {
-    std::env::args().any(|arg| arg == "--bench")
 }
 
 /// Each limit that the level in force has, with each number of threads.

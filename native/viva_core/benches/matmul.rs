@@ -13,7 +13,7 @@ use std::sync::LazyLock;
 
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
-use support::{f32_tensor, gaussian, make};
+use support::{f32_tensor, gaussian, make, timed};
 use viva_core::format::Quantized;
 use viva_core::ops::matmul::matmul_into;
 use viva_core::ops::{Cancel, pool};
@@ -23,11 +23,6 @@ use viva_core::tensor::{DType, Tensor};
 
 /// Rows and columns of the weights; fewer where a run only tests that it runs.
 static SIDE: LazyLock<usize> = LazyLock::new(|| if timed() { 4096 } else { 256 });
-
-/// As cargo asks benchmarks to be.
-fn timed() -> bool {
-    std::env::args().any(|arg| arg == "--bench")
-}
 
 /// Bytes that no cache holds.
 const PAST_CACHES: usize = 512 << 20;
@@ -57,18 +52,6 @@ fn weights(format: &str) -> Quantized {
     support::quantized(&W, &make(format, &[]))
 }
 
-/// The same weights at other addresses.
-fn copy(q: &Quantized) -> Quantized {
-    let parts = q.parts.iter().map(|(name, part)| {
-        let part = Tensor::from_slice(part.dtype(), part.shape(), part.bytes());
-        (*name, part.unwrap())
-    });
-    Quantized {
-        parts: parts.collect(),
-        ..q.clone()
-    }
-}
-
 fn bench(bencher: Bencher, (format, threads): (&str, usize), m: usize) {
     pool::configure(threads).unwrap();
     let side = *SIDE;
@@ -78,7 +61,7 @@ fn bench(bencher: Bencher, (format, threads): (&str, usize), m: usize) {
         1 if timed() => PAST_CACHES / bytes,
         _ => 1,
     };
-    let weights: Vec<Quantized> = (0..copies).map(|_| copy(&q)).collect();
+    let weights: Vec<Quantized> = (0..copies).map(|_| support::copied(&q)).collect();
     let x = f32_tensor(&[m, side], &gaussian(m * side, 4));
     let mut out = vec![0u8; m * side * 4];
     let mut turn = 0;

@@ -1,58 +1,51 @@
 //! Methods on one 4096 × 4096 layer with 512 tokens of activations:
 //! `cargo bench -p viva_core --bench methods`.
 
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::sync::LazyLock;
+
 use divan::Bencher;
+use support::{f32_tensor, gaussian, timed};
 use viva_core::format::{OptionValue, Spec, spec};
 use viva_core::method::awq;
 use viva_core::method::candidates::DuoScaling;
 use viva_core::method::gptq::{self, Gptq};
 use viva_core::method::gram::Gram;
 use viva_core::ops::{Cancel, pool, quantize};
-use viva_core::tensor::{DType, Tensor};
+use viva_core::tensor::Tensor;
 
-const K: usize = 4096;
+/// Rows and columns; fewer where a run only tests that it runs.
+static SIDE: LazyLock<usize> = LazyLock::new(|| if timed() { 4096 } else { 256 });
 const TOKENS: usize = 512;
 
 fn main() {
     divan::main();
 }
 
-/// Sums of twelve uniform draws: near enough to normal.
-fn noise(n: usize, mut state: u64) -> Vec<f32> {
-    (0..n)
-        .map(|_| {
-            let mut sum = -6.0;
-            for _ in 0..12 {
-                state = state
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1);
-                sum += (state >> 40) as f32 / (1u64 << 24) as f32;
-            }
-            sum
-        })
-        .collect()
-}
-
 fn layer() -> Tensor {
-    Tensor::from_slice(DType::F32, &[K, K], &noise(K * K, 1)).unwrap()
+    let side = *SIDE;
+    f32_tensor(&[side, side], &gaussian(side * side, 1))
 }
 
 /// Channels of different strength, correlated as those of a model are.
 fn activations() -> Vec<f32> {
-    let mut x = noise(TOKENS * K, 2);
-    for row in x.chunks_exact_mut(K) {
-        for i in 1..K {
+    let k = *SIDE;
+    let mut x = gaussian(TOKENS * k, 2);
+    for row in x.chunks_exact_mut(k) {
+        for i in 1..k {
             row[i] += 0.5 * row[i - 1];
         }
         for (i, v) in row.iter_mut().enumerate() {
-            *v *= 1.0 + 4.0 / (1.0 + (i * 7919 % K) as f32 / 16.0);
+            *v *= 1.0 + 4.0 / (1.0 + (i * 7919 % k) as f32 / 16.0);
         }
     }
     x
 }
 
 fn gram_of(x: &[f32]) -> Gram {
-    let mut gram = Gram::zeroed(K);
+    let mut gram = Gram::zeroed(*SIDE);
     pool::run(|| gram.add(x, &Cancel::new())).unwrap();
     gram
 }
@@ -71,8 +64,8 @@ fn gram(bencher: Bencher) {
 #[divan::bench(sample_count = 3, sample_size = 1)]
 fn awq_scale_int4(bencher: Bencher) {
     let (w, x, spec) = (layer(), activations(), int4());
-    let mut mean = vec![0f32; K];
-    for row in x.chunks_exact(K) {
+    let mut mean = vec![0f32; *SIDE];
+    for row in x.chunks_exact(*SIDE) {
         for (mean, v) in mean.iter_mut().zip(row) {
             *mean += v.abs() / TOKENS as f32;
         }
@@ -92,10 +85,10 @@ fn awq_scale_int4(bencher: Bencher) {
 /// The search for the clipping of blocks, in every row.
 #[divan::bench(sample_count = 3, sample_size = 1)]
 fn awq_clip_int4(bencher: Bencher) {
-    let (w, gram, spec) = (noise(K * K, 1), gram_of(&activations()), int4());
+    let (w, gram, spec) = (layer().to_f32_vec(), gram_of(&activations()), int4());
     bencher.bench_local(|| {
         let mut w = w.clone();
-        awq::clip(&mut w, K, &spec, &gram, &Cancel::new()).unwrap();
+        awq::clip(&mut w, *SIDE, &spec, &gram, &Cancel::new()).unwrap();
         w
     });
 }

@@ -194,6 +194,25 @@ pub fn quantized(x: &Tensor, spec: &Spec) -> Quantized {
     q
 }
 
+/// Whether cargo asks for figures, as `cargo bench` does, and not only for a run that
+/// tests, as `cargo test` and `cargo bench -- --test` do.
+pub fn timed() -> bool {
+    let asked = |flag: &str| std::env::args().any(|arg| arg == flag);
+    asked("--bench") && !asked("--test")
+}
+
+/// The same parts at other addresses.
+pub fn copied(q: &Quantized) -> Quantized {
+    let parts = q.parts.iter().map(|(name, part)| {
+        let part = Tensor::from_slice(part.dtype(), part.shape(), part.bytes());
+        (*name, part.unwrap())
+    });
+    Quantized {
+        parts: parts.collect(),
+        ..q.clone()
+    }
+}
+
 /// The dequantized values as a tensor of `dtype`.
 pub fn dequantized(q: &Quantized, dtype: DType) -> Tensor {
     let mut bytes = vec![0u8; dequantize::dequantized_len(q, dtype)];
