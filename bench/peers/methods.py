@@ -10,12 +10,8 @@ tokens that no method saw, relative to the output. README.md says what to instal
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
-import re
 import statistics
 import subprocess
 import tempfile
@@ -24,10 +20,11 @@ import time
 import torch
 from hqq.core.quantize import Quantizer
 
+from common import machine, versions, write_result
+
 SIZE, TOKENS, GROUP, LEVELS = 4096, 512, 128, 15
 POINTS, CLIPS = 20, 10
 CLIPPED_ROWS = 256
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def layer(seed):
@@ -151,14 +148,6 @@ def run_ours(binary, method, threads, directory):
     return float(done.stdout), values
 
 
-def cpu():
-    try:
-        found = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
-        return found.group(1) if found else platform.processor()
-    except OSError:
-        return platform.processor()
-
-
 def measure(arguments, directory):
     weight, tokens, unseen = layer(1)
     weight.numpy().tofile(directory / "weight.f32")
@@ -209,15 +198,11 @@ def main():
             "tokens": TOKENS,
             "threads": arguments.threads,
             "repeats": arguments.repeats,
-            "machine": {"cpu": cpu(), "cores": os.cpu_count(), "system": platform.system()},
-            "versions": {
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("torch", "hqq")},
-            },
+            "machine": machine(),
+            "versions": versions("torch", "hqq"),
             "methods": rows,
         }
-        path = ROOT / "bench/results/methods.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_result("methods.json", result)
 
 
 if __name__ == "__main__":
