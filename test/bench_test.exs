@@ -6,7 +6,7 @@ defmodule VivaTensor.BenchTest do
   import ExUnit.CaptureIO
 
   alias Mix.Tasks.Viva.Bench
-  alias VivaTensor.CLI.Quality
+  alias VivaTensor.CLI.{Ops, Peers, Quality}
   alias VivaTensor.Native
 
   @shape [1024, 1024]
@@ -25,8 +25,8 @@ defmodule VivaTensor.BenchTest do
   end
 
   test "names what is wrong with a command" do
-    assert fails_with_2([]) =~ "which subcommand? There is quality"
-    assert fails_with_2(["speed"]) =~ ~s(no subcommand "speed"; there is quality)
+    assert fails_with_2([]) =~ "which subcommand? There are ops, peers, quality"
+    assert fails_with_2(["speed"]) =~ ~s(no subcommand "speed"; there are ops, peers, quality)
     assert fails_with_2(["quality", "int8"]) =~ ~s(what is "int8"?)
     assert fails_with_2(["quality", "--jsn"]) =~ "did you mean --json?"
     assert capture_io(fn -> Bench.run(["--help"]) end) =~ "mix viva.bench quality"
@@ -58,6 +58,35 @@ defmodule VivaTensor.BenchTest do
       assert result["missed"] >= 1
       refute Enum.all?(result["rows"], & &1["met"])
     end
+  end
+
+  test "prints the rates of every format" do
+    {code, text} = with_io(fn -> Ops.run([], [256, 256], 1) end)
+    assert code == 0
+
+    for %{name: format} <- VivaTensor.formats() do
+      assert text =~ ~r/^#{format} +\d+\.\d{3}( +\d+\.\d\d){5}$/m
+    end
+  end
+
+  test "has the rates as JSON too" do
+    {code, json} = with_io(fn -> Ops.run([json: true], [256, 256], 1) end)
+    assert code == 0
+    assert {:ok, %{"shape" => [256, 256], "rows" => rows}} = Native.json_decode(json)
+    assert length(rows) == length(VivaTensor.formats())
+
+    for row <- rows, rate <- [row["quantize"], row["dequantize"] | Map.values(row["matmul"])] do
+      assert rate > 0, row["format"]
+    end
+  end
+
+  test "runs the peers where there is a Python, and says so where there is none" do
+    flags = [venv: "peers", threads: 2]
+    # IO of a command goes to the device of the process that started it.
+    {code, said} = with_io(fn -> Peers.run(flags, System.find_executable("echo")) end)
+    assert {code, said =~ ~r"bench/peers/ops.py --venv peers --threads 2\n"} == {0, true}
+    assert capture_io(fn -> assert Peers.run([], System.find_executable("false")) == 1 end) == ""
+    assert capture_io(:stderr, fn -> assert Peers.run([], nil) == 1 end) =~ "install it"
   end
 
   test "every figure of a reference program belongs to a bar" do

@@ -5,8 +5,14 @@ defmodule VivaTensor.CLI.Bench do
 
   alias VivaTensor.CLI
 
-  @subcommands %{"quality" => CLI.Quality}
+  # Each with the flags that it takes besides --json.
+  @subcommands %{
+    "quality" => {CLI.Quality, []},
+    "ops" => {CLI.Ops, []},
+    "peers" => {CLI.Peers, venv: :string, rows: :string, repeats: :integer, threads: :integer}
+  }
   @names @subcommands |> Map.keys() |> Enum.sort() |> Enum.join(", ")
+  @switches for {_, {_, switches}} <- @subcommands, switch <- switches, do: switch
 
   @doc """
   Reads the subcommand and its flags.
@@ -15,26 +21,40 @@ defmodule VivaTensor.CLI.Bench do
       {:ok, {"quality", [json: true]}}
       iex> VivaTensor.CLI.Bench.parse(["qualty"])
       {:error, "no subcommand \\"qualty\\"; did you mean quality?"}
+      iex> VivaTensor.CLI.Bench.parse(["ops", "--venv", "somewhere"])
+      {:error, "ops takes no --venv"}
   """
   @spec parse([String.t()]) :: {:ok, {String.t(), keyword}} | :help | {:error, String.t()}
   def parse(argv) do
-    case CLI.parse(argv, json: :boolean) do
-      {:ok, flags, [name]} when is_map_key(@subcommands, name) -> {:ok, {name, flags}}
-      {:ok, _flags, []} -> {:error, "which subcommand? There is #{@names}"}
+    case CLI.parse(argv, [json: :boolean] ++ @switches) do
+      {:ok, flags, [name]} when is_map_key(@subcommands, name) -> check(name, flags)
+      {:ok, _flags, []} -> {:error, "which subcommand? There are #{@names}"}
       {:ok, _flags, [name]} -> {:error, "no subcommand #{inspect(name)}#{hint(name)}"}
       {:ok, _flags, [_, extra | _]} -> {:error, "what is #{inspect(extra)}?"}
       other -> other
     end
   end
 
+  defp check(name, flags) do
+    {_, switches} = @subcommands[name]
+
+    case Keyword.drop(flags, [:json | Keyword.keys(switches)]) do
+      [] -> {:ok, {name, flags}}
+      [{other, _} | _] -> {:error, "#{name} takes no --#{other}"}
+    end
+  end
+
   defp hint(name) do
     case CLI.suggestion(name, Map.keys(@subcommands)) do
-      "" -> "; there is #{@names}"
+      "" -> "; there are #{@names}"
       suggestion -> suggestion
     end
   end
 
   @doc "Runs a subcommand. The application must be started."
   @spec run({String.t(), keyword}) :: CLI.exit_code()
-  def run({name, flags}), do: Map.fetch!(@subcommands, name).run(flags)
+  def run({name, flags}) do
+    {module, _} = Map.fetch!(@subcommands, name)
+    module.run(flags)
+  end
 end
