@@ -162,3 +162,36 @@ pub fn dispatch_at<O: Op>(level: Level, op: O) -> O::Output {
     }
     op.run(Portable)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Name;
+
+    impl Op for Name {
+        type Output = &'static str;
+
+        #[inline(always)]
+        fn run<I: Isa>(self, _isa: I) -> &'static str {
+            std::any::type_name::<I>()
+        }
+    }
+
+    #[test]
+    fn no_level_but_the_portable_one_runs_portable_code() {
+        let portable = dispatch_at(Level::Portable, Name);
+        for level in levels() {
+            let ran = dispatch_at(level, Name);
+            assert_eq!(
+                ran == portable,
+                level == Level::Portable,
+                "{level:?}: {ran}"
+            );
+        }
+        assert_eq!(
+            levels().contains(&Level::Neon),
+            cfg!(target_arch = "aarch64")
+        );
+    }
+}

@@ -279,3 +279,169 @@ pub fn round_f16(v: f32) -> f32 {
     };
     f32::from_bits(rounded | sign)
 }
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+    use crate::simd::{Op, dispatch_at, levels};
+
+    /// Every operation whose result is the same bits on every level.
+    struct Operations {
+        a: [f32; LANES],
+        b: [f32; LANES],
+        c: [f32; LANES],
+        bytes: [u8; LANES],
+    }
+
+    impl Op for Operations {
+        type Output = Vec<[u32; LANES]>;
+
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> Self::Output {
+            let [a, b, c] = [self.a, self.b, self.c].map(|x| isa.load(&x));
+            let [unsigned, signed] = [isa.load_u8(&self.bytes), isa.load_i8(&self.bytes)];
+            let whole = isa.int_to_float(signed);
+            let (x, y) = (isa.bits(a), isa.bits(b));
+            let index = isa.and(unsigned, isa.splat_u(15));
+            let floats = [
+                isa.add(a, b),
+                isa.sub(a, b),
+                isa.mul(a, b),
+                isa.div(a, b),
+                isa.fused(a, b, c),
+                isa.min(a, b),
+                isa.max(a, b),
+                isa.choose(a, b, b, c),
+                isa.round_f16(a),
+                isa.lookup(a, index),
+                isa.floats(y),
+                whole,
+            ];
+            let turned = isa.transpose(std::array::from_fn(|i| floats[i % floats.len()]));
+            let ints = [
+                isa.float_to_int(whole),
+                isa.descend(index, a, b),
+                isa.add_u(x, y),
+                isa.sub_u(x, y),
+                isa.max_u(x, y),
+                unsigned,
+                signed,
+            ];
+            let ints = floats
+                .into_iter()
+                .chain(turned)
+                .map(|v| isa.bits(v))
+                .chain(ints);
+            let mut results: Vec<_> = ints
+                .map(|v| {
+                    let mut lanes = [0; LANES];
+                    isa.store_u(v, &mut lanes);
+                    lanes
+                })
+                .collect();
+            let mut bytes = [0; LANES];
+            isa.store_u8(x, &mut bytes);
+            results.push(bytes.map(u32::from));
+            results.push([isa.sum(whole).to_bits(); LANES]);
+            results
+        }
+    }
+
+    // One of each sign, and what lies around the bounds and ties of f16.
+    const VALUES: [f32; 20] = [
+        0.0,
+        1.0,
+        1.000_488_3,
+        1.000_488_4,
+        1.001_464_8,
+        -7.25,
+        65504.0,
+        65519.996,
+        65520.0,
+        6.103_515_6e-5,
+        6.1e-5,
+        2.980_232_2e-8,
+        2.980_232_5e-8,
+        8.940_697e-8,
+        1e-41,
+        f32::MAX,
+        f32::MIN_POSITIVE,
+        f32::INFINITY,
+        3.5e-4,
+        1234.567,
+    ];
+
+    #[test]
+    fn every_operation_is_the_portable_one() {
+        let value = |i: usize| {
+            let v = VALUES[i % VALUES.len()];
+            if (i / VALUES.len()).is_multiple_of(2) {
+                v
+            } else {
+                -v
+            }
+        };
+        let signed = 2 * VALUES.len();
+        for shift in 0..signed {
+            let operations = || Operations {
+                a: std::array::from_fn(value),
+                b: std::array::from_fn(|i| value(i + shift)),
+                c: std::array::from_fn(|i| value(3 * i + shift)),
+                bytes: std::array::from_fn(|i| (i * 37 + shift * 7) as u8),
+            };
+            let expected = operations().run(Portable);
+            for level in levels() {
+                let got = dispatch_at(level, operations());
+                for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                    let same = |(&g, &e): (&u32, &u32)| {
+                        let nan = |bits| f32::from_bits(bits).is_nan();
+                        g == e || nan(g) && nan(e)
+                    };
+                    assert!(
+                        got.iter().zip(expected).all(same),
+                        "{level:?}, operation {i}, shift {shift}:\n{got:x?}\n{expected:x?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn comparisons_with_nan_are_false() {
+        struct Compare([f32; LANES], [f32; LANES]);
+
+        impl Op for Compare {
+            type Output = ([f32; LANES], [u32; LANES]);
+
+            #[inline(always)]
+            fn run<I: Isa>(self, isa: I) -> Self::Output {
+                let (a, b) = (isa.load(&self.0), isa.load(&self.1));
+                let (mut chosen, mut node) = ([0.0; LANES], [0; LANES]);
+                isa.store(
+                    isa.choose(a, b, isa.splat(1.0), isa.splat(2.0)),
+                    &mut chosen,
+                );
+                isa.store_u(isa.descend(isa.splat_u(3), a, b), &mut node);
+                (chosen, node)
+            }
+        }
+
+        let (nan, one) = ([f32::NAN; LANES], [1.0; LANES]);
+        for level in levels() {
+            for (a, b) in [(nan, one), (one, nan), (nan, nan)] {
+                let got = dispatch_at(level, Compare(a, b));
+                assert_eq!(got, ([2.0; LANES], [6; LANES]), "{level:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn f16_is_rounded_to_nearest() {
+        for v in VALUES.into_iter().flat_map(|v| [v, -v]) {
+            let expected = f16::from_f32(v).to_f32();
+            assert_eq!(round_f16(v).to_bits(), expected.to_bits(), "{v:e}");
+        }
+    }
+}
