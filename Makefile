@@ -3,11 +3,11 @@
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 export LANG ?= C.UTF-8
 
-.PHONY: help setup deps demo test check lint dialyzer docs bench formats matrix oracle mutations clean
+.PHONY: help setup deps demo test check lint dialyzer docs bench formats matrix aarch64 oracle mutations clean
 .NOTPARALLEL:
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install or name the tools that are missing
 	@bin/setup
@@ -45,8 +45,12 @@ formats: deps ## Measure the tables of docs/formats.md afresh
 	mix run -r bench/formats_table.exs -e 'FormatsTable.write()'
 
 matrix: deps ## Run the Elixir tests on the Elixir of Debian trixie and sid (needs root)
-	@bin/setup --matrix
+	@bin/setup --roots
 	bin/matrix
+
+aarch64: setup ## Run the Rust tests of the core on an emulated aarch64 (needs root)
+	@bin/setup --roots
+	bin/aarch64
 
 oracle: deps ## Hold quantized models to bitsandbytes and AWQ (needs PyPI, 5 GB)
 	test/oracle/run
