@@ -5,7 +5,7 @@
 //! all lanes share. Sums of integers are exact, so levels agree bit for bit.
 //!
 //! Levels with instructions for this have tokens of their own beside those of
-//! [`Isa`](super::Isa), so that kernels of floats are not compiled again for them.
+//! [`Isa`], so that kernels of floats are not compiled again for them.
 
 use half::f16;
 
