@@ -20,7 +20,7 @@ import time
 import torch
 from hqq.core.quantize import Quantizer
 
-from common import machine, versions, write_result
+from results import machine, versions, write_result
 
 SIZE, TOKENS, GROUP, LEVELS = 4096, 512, 128, 15
 POINTS, CLIPS = 20, 10

@@ -21,7 +21,7 @@ import time
 import venv
 
 import rows
-from common import ROOT, machine, versions, write_result
+from results import ROOT, machine, versions, write_result
 
 HERE = pathlib.Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements-ops.txt"

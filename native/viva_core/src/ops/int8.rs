@@ -90,15 +90,10 @@ fn multiply(
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
-    if out.is_empty() {
-        return Ok(());
-    }
-    if plan.k == 0 {
-        out.fill(0);
-        return Ok(());
-    }
     let mut widened = Vec::new();
-    let x = activations(x, q, &mut widened)?;
+    let Some(x) = activations(x, q, out, &mut widened)? else {
+        return Ok(());
+    };
     let m = x.len() / plan.k;
     let job = Job { x, plan, panels };
     if m * plan.n * plan.k <= SMALL {
@@ -145,7 +140,7 @@ impl Job<'_> {
     fn at_once(&self, dtype: DType, out: &mut [u8]) -> Result<()> {
         let m = self.x.len() / self.plan.k;
         let tiles = self.tiles(0..m);
-        let mut blocks = Blocks::zeroed(self.plan.n, tiles.iter().map(|t| t.width).sum());
+        let mut blocks = Blocks::zeroed(self.plan.n, padded(&tiles));
         let mut room = Room::default();
         for (i, sums) in blocks.chunks_mut().enumerate() {
             self.panel(i, m, &mut room).times(&tiles, sums);
@@ -157,7 +152,7 @@ impl Job<'_> {
     fn by_rows(&self, cancel: &Cancel) -> Result<Blocks> {
         let m = self.x.len() / self.plan.k;
         let tiles = self.tiles(0..m);
-        let padded = tiles.iter().map(|t| t.width).sum();
+        let padded = padded(&tiles);
         let mut blocks = Blocks::zeroed(self.plan.n, padded);
         let each = (STRETCH / (self.plan.form.panel() * m)).max(1);
         blocks.par_chunks_mut(each).enumerate().try_for_each_init(
@@ -276,6 +271,11 @@ impl Panel<'_> {
             sums = rest;
         }
     }
+}
+
+/// Tokens of all tiles, with those that fill them.
+fn padded(tiles: &[Tile]) -> usize {
+    tiles.iter().map(|tile| tile.width).sum()
 }
 
 /// Some tokens in 8 bits.

@@ -43,16 +43,11 @@ pub fn matmul_into(
             "llm_int8 multiplies symmetric int8 with one scale a row; quantize to int8 with block_size row",
         ));
     }
-    if out.is_empty() {
-        return Ok(());
-    }
-    let (n, k) = (q.shape[0], q.shape[1]);
-    if k == 0 {
-        out.fill(0);
-        return Ok(());
-    }
     let mut widened = Vec::new();
-    let x = activations(x, q, &mut widened)?;
+    let Some(x) = activations(x, q, out, &mut widened)? else {
+        return Ok(());
+    };
+    let (n, k) = (q.shape[0], q.shape[1]);
     let absmax = match spec.scale {
         Scale::Absmax => 1.0,
         _ => 127.0,

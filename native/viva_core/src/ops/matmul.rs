@@ -84,17 +84,12 @@ pub fn matmul_into(
     cancel: &Cancel,
 ) -> Result<()> {
     check(x, q, dtype, out)?;
-    let (n, k) = (q.shape[0], q.shape[1]);
-    if out.is_empty() {
-        return Ok(());
-    }
-    if k == 0 {
-        out.fill(0);
-        return Ok(());
-    }
-    let m = x.len() / k;
     let mut widened = Vec::new();
-    let x = activations(x, q, &mut widened)?;
+    let Some(x) = activations(x, q, out, &mut widened)? else {
+        return Ok(());
+    };
+    let (n, k) = (q.shape[0], q.shape[1]);
+    let m = x.len() / k;
     let decoder = q.spec.format()?.decoder(q)?;
     pool::run(|| {
         if m < BATCH {
@@ -131,18 +126,24 @@ fn dot_products(
     Ok(columns)
 }
 
-/// Activations as the codes of q want them.
+/// Activations as the codes of q want them; none where nothing is left to multiply,
+/// and `out` is written.
 pub(super) fn activations<'a>(
     x: &'a Tensor,
     q: &Quantized,
+    out: &mut [u8],
     scratch: &'a mut Vec<f32>,
-) -> Result<&'a [f32]> {
+) -> Result<Option<&'a [f32]>> {
+    if out.is_empty() || x.is_empty() {
+        out.fill(0);
+        return Ok(None);
+    }
     if q.spec.input == Input::default() {
-        return Ok(x.f32_chunk(0..x.len(), scratch));
+        return Ok(Some(x.f32_chunk(0..x.len(), scratch)));
     }
     *scratch = x.to_f32_vec();
     input::prepare(q, scratch)?;
-    Ok(scratch)
+    Ok(Some(scratch))
 }
 
 /// Whether a product of these can be written into `out`.

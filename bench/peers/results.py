@@ -1,5 +1,4 @@
-"""What the comparisons with other programs have in common: the machine, versions,
-where results go."""
+"""What a result is kept with, and where: the machine, versions, bench/results."""
 
 import importlib.metadata
 import json
