@@ -9,7 +9,6 @@ use viva_core::calibration::{Calibration, Recorded, Statistics};
 use viva_core::method::fold::{self, Group, Observed};
 use viva_core::method::{calibrated, sparsity};
 use viva_core::ops::Cancel;
-use viva_core::tensor::Tensor;
 
 use crate::error::Outcome;
 use crate::resource::{
@@ -182,12 +181,8 @@ fn sparsify_calibrated<'a>(
     let how = sparsity::resolve(options.0)?;
     let statistics = lock(&calibration).layer(&layer)?;
     let w = tensor.0.get()?;
-    let len = w.bytes().len();
-    let result = tensor_from_binary(
-        env,
-        len,
-        |bytes| Tensor::new(w.dtype(), w.shape().to_vec(), bytes, 0..len),
-        |out| sparsity::sparsify_into(&w, &how, &statistics, out, &Cancel::new()),
-    )?;
+    let result = tensor_from_binary(env, w.dtype(), w.shape().to_vec(), |out| {
+        sparsity::sparsify_into(&w, &how, &statistics, out, &Cancel::new())
+    })?;
     Ok(terms::tensor(env, result))
 }

@@ -5,7 +5,6 @@ use viva_core::ops::metrics::DB_PER_BIT;
 use viva_core::ops::{
     Cancel, dequantize, dump, int8, matmul, metrics, output_error, packed, quantize,
 };
-use viva_core::tensor::{DType, Tensor, element_count};
 use viva_core::{format, layout};
 
 use crate::error::Outcome;
@@ -31,13 +30,9 @@ fn quantize_nif<'a>(
 fn dequantize_nif<'a>(env: Env<'a>, q: QuantizedRef, dtype: Name) -> Outcome<Term<'a>> {
     let q = q.0.get()?;
     let dtype = dtype.dtype()?;
-    let len = dequantize::dequantized_len(&q, dtype);
-    let tensor = tensor_from_binary(
-        env,
-        len,
-        |bytes| Tensor::new(dtype, q.shape.clone(), bytes, 0..len),
-        |out| dequantize::dequantize_into(&q, dtype, out, &Cancel::new()),
-    )?;
+    let tensor = tensor_from_binary(env, dtype, q.shape.clone(), |out| {
+        dequantize::dequantize_into(&q, dtype, out, &Cancel::new())
+    })?;
     Ok(terms::tensor(env, tensor))
 }
 
@@ -52,24 +47,10 @@ fn matmul_nif<'a>(
     let multiply = matmul::by_name(&compute.0)?;
     let (x, q, dtype) = (x.0.get()?, q.0.get()?, dtype.dtype()?);
     let shape = matmul::matmul_shape(&x, &q.shape)?;
-    product(env, shape, dtype, |out| {
+    let y = tensor_from_binary(env, dtype, shape, |out| {
         multiply(&x, &q, dtype, out, &Cancel::new())
-    })
-}
-
-/// A tensor of that shape, which `fill` writes.
-fn product<'a>(
-    env: Env<'a>,
-    shape: Vec<usize>,
-    dtype: DType,
-    fill: impl FnOnce(&mut [u8]) -> viva_core::Result<()>,
-) -> Outcome<Term<'a>> {
-    let len = element_count(&shape)? * dtype.size();
-    let make = |bytes| Tensor::new(dtype, shape, bytes, 0..len);
-    Ok(terms::tensor(
-        env,
-        tensor_from_binary(env, len, make, fill)?,
-    ))
+    })?;
+    Ok(terms::tensor(env, y))
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
@@ -96,9 +77,10 @@ fn matmul_packed<'a>(
 ) -> Outcome<Term<'a>> {
     let (x, packed, dtype) = (x.0.get()?, packed.0.get()?, dtype.dtype()?);
     let shape = matmul::matmul_shape(&x, packed.shape())?;
-    product(env, shape, dtype, |out| {
+    let y = tensor_from_binary(env, dtype, shape, |out| {
         int8::matmul_packed(&x, &packed, dtype, out, &Cancel::new())
-    })
+    })?;
+    Ok(terms::tensor(env, y))
 }
 
 #[rustler::nif]

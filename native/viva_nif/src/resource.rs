@@ -12,7 +12,7 @@ use viva_core::io::{Checkpoint, OutputDir, ShardWriter};
 use viva_core::method::fold::Observed;
 use viva_core::ops::Cancel;
 use viva_core::ops::packed::Packed;
-use viva_core::tensor::{SharedBytes, Tensor};
+use viva_core::tensor::{DType, SharedBytes, Tensor, element_count};
 use viva_core::unit::Target;
 
 /// A value that can be released before its last reference is gone.
@@ -120,11 +120,12 @@ pub fn share_binary(binary: Binary) -> Result<SharedBytes, Error> {
 /// time, and then shared.
 pub fn tensor_from_binary(
     env: Env,
-    len: usize,
-    make: impl FnOnce(SharedBytes) -> Result<Tensor, Error>,
+    dtype: DType,
+    shape: Vec<usize>,
     fill: impl FnOnce(&mut [u8]) -> Result<(), Error>,
 ) -> Result<Tensor, Error> {
+    let len = element_count(&shape)? * dtype.size();
     let mut binary = OwnedBinary::new(len);
     fill(binary.as_mut_slice())?;
-    make(share_binary(binary.release(env))?)
+    Tensor::new(dtype, shape, share_binary(binary.release(env))?, 0..len)
 }

@@ -163,27 +163,18 @@ fn tensor_to_binary<'a>(env: Env<'a>, tensor: TensorRef) -> Outcome<Binary<'a>> 
 fn tensor_cast<'a>(env: Env<'a>, tensor: TensorRef, dtype: Name) -> Outcome<Term<'a>> {
     let tensor = tensor.0.get()?;
     let dtype = dtype.dtype()?;
-    let shape = tensor.shape().to_vec();
-    let len = tensor.len() * dtype.size();
-    let result = tensor_from_binary(
-        env,
-        len,
-        |bytes| Tensor::new(dtype, shape, bytes, 0..len),
-        |out| cast::cast_into(&tensor, dtype, out, &Cancel::new()),
-    )?;
+    let result = tensor_from_binary(env, dtype, tensor.shape().to_vec(), |out| {
+        cast::cast_into(&tensor, dtype, out, &Cancel::new())
+    })?;
     Ok(terms::tensor(env, result))
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
 fn tensor_sparsify<'a>(env: Env<'a>, x: TensorRef, scores: TensorRef) -> Outcome<Term<'a>> {
     let (x, scores) = (x.0.get()?, scores.0.get()?);
-    let len = x.bytes().len();
-    let result = tensor_from_binary(
-        env,
-        len,
-        |bytes| Tensor::new(x.dtype(), x.shape().to_vec(), bytes, 0..len),
-        |out| sparsity::sparsify_into(&x, &scores, out, &Cancel::new()),
-    )?;
+    let result = tensor_from_binary(env, x.dtype(), x.shape().to_vec(), |out| {
+        sparsity::sparsify_into(&x, &scores, out, &Cancel::new())
+    })?;
     Ok(terms::tensor(env, result))
 }
 
