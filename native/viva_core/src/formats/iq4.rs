@@ -28,7 +28,7 @@ static BOOK: LazyLock<Codebook> = LazyLock::new(|| Codebook::with_ties_up(&TABLE
 /// ggml weights errors by x² and tries the largest element at −134 … −120.
 #[inline(always)]
 fn rtn_scales<I: Isa>(isa: I, search: Search<I>, x: &[f32]) -> [f32; LANES] {
-    let x = Columns::<32>::of(x);
+    let x = Columns::<32>::of(isa, x);
     let numerators = (-7..=7).map(|i| (i - 127) as f32);
     columns::table(isa, &x, &x.map(|v| v * v), search, numerators)
 }
@@ -36,7 +36,7 @@ fn rtn_scales<I: Isa>(isa: I, search: Search<I>, x: &[f32]) -> [f32; LANES] {
 /// Equal weights, and the largest element at either end of the table.
 #[inline(always)]
 fn mse_scales<I: Isa>(isa: I, search: Search<I>, x: &[f32]) -> [f32; LANES] {
-    let x = Columns::<32>::of(x);
+    let x = Columns::<32>::of(isa, x);
     let numerators = (0..32).flat_map(|i| [2 * i - 140, 126 - 2 * i]);
     let numerators = numerators.map(|n| n as f32);
     columns::table(isa, &x, &x.map(|_| 1.0), search, numerators)
@@ -47,7 +47,12 @@ fn mse_scales<I: Isa>(isa: I, search: Search<I>, x: &[f32]) -> [f32; LANES] {
 fn codes<I: Isa>(isa: I, search: Search<I>, x: &[f32; 32], d: f32) -> [u8; 32] {
     let inverse = isa.splat(if d == 0.0 { 0.0 } else { 1.0 / d });
     let mut codes = [0u8; 32];
-    search.ranks(x, &mut codes, |v| isa.mul(inverse, v));
+    search.ranks(
+        x,
+        &mut codes,
+        #[inline(always)]
+        |v| isa.mul(inverse, v),
+    );
     codes
 }
 

@@ -204,7 +204,7 @@ impl Block for Q6K {
     #[inline(always)]
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q6K], scales: &mut Halves) {
         for (x, block) in blocks_of(x, out) {
-            let columns = Columns::of(x);
+            let columns = Columns::of(isa, x);
             let weights = columns.map(|v| v * v);
             let found = columns::symmetric(isa, &columns, &weights, 32.0, q6_numerators());
             block.fill(x, &found, scales);
@@ -214,7 +214,7 @@ impl Block for Q6K {
     #[inline(always)]
     fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q6K], scales: &mut Halves) {
         for (x, block) in blocks_of(x, out) {
-            let columns = Columns::of(x);
+            let columns = Columns::of(isa, x);
             let steps = (0..24).map(|i| 33.0 - 0.2 * i as f32);
             let numerators = steps.flat_map(|n| [-n, n - 1.0]);
             let found = columns::symmetric(isa, &columns, &columns.map(|_| 1.0), 32.0, numerators);
@@ -366,7 +366,7 @@ impl Block for Q5K {
     #[inline(always)]
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q5K], scales: &mut Halves) {
         for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
-            let columns = Columns::of(x);
+            let columns = Columns::of(isa, x);
             let weights = pair_weights(&columns);
             let found = ggml_search(31.0, -0.5, 15, false).search(isa, &columns, &weights);
             for (i, (x, block)) in blocks_of(x, out).enumerate() {
@@ -378,7 +378,7 @@ impl Block for Q5K {
     #[inline(always)]
     fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q5K], scales: &mut Halves) {
         for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
-            let columns = Columns::of(x);
+            let columns = Columns::of(isa, x);
             let found = mse_search(31.0).search(isa, &columns, &columns.map(|_| 1.0));
             for (i, (x, block)) in blocks_of(x, out).enumerate() {
                 block.fill(x, &found, 8 * i, scales);
@@ -408,7 +408,7 @@ impl Block for Q4K {
     #[inline(always)]
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q4K], scales: &mut Halves) {
         for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
-            let columns = Columns::of(x);
+            let columns = Columns::of(isa, x);
             let weights = pair_weights(&columns);
             let found = ggml_search(15.0, -1.0, 20, false).search(isa, &columns, &weights);
             for (i, (x, block)) in blocks_of(x, out).enumerate() {
@@ -421,7 +421,7 @@ impl Block for Q4K {
     #[inline(always)]
     fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q4K], scales: &mut Halves) {
         for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
-            let columns = Columns::of(x);
+            let columns = Columns::of(isa, x);
             let found = mse_search(15.0).search(isa, &columns, &columns.map(|_| 1.0));
             for (i, (x, block)) in blocks_of(x, out).enumerate() {
                 let codes = block.scales.fill(x, &found, 8 * i, 15, scales);
@@ -494,7 +494,7 @@ impl Block for Q3K {
     #[inline(always)]
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q3K], scales: &mut Halves) {
         for (x, block) in blocks_of(x, out) {
-            let found = columns::descent(isa, &Columns::of(x), 4.0);
+            let found = columns::descent(isa, &Columns::of(isa, x), 4.0);
             block.fill(x, &found, scales);
         }
     }
@@ -502,7 +502,7 @@ impl Block for Q3K {
     #[inline(always)]
     fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q3K], scales: &mut Halves) {
         for (x, block) in blocks_of(x, out) {
-            let columns = Columns::of(x);
+            let columns = Columns::of(isa, x);
             let steps = (0..24).map(|i| 4.8 - 0.1 * i as f32);
             let numerators = steps.flat_map(|n| [-n, n - 1.0]);
             let found = columns::symmetric(isa, &columns, &columns.map(|_| 1.0), 4.0, numerators);
@@ -561,7 +561,7 @@ impl Block for Q2K {
     #[inline(always)]
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q2K], scales: &mut Halves) {
         for (x, block) in blocks_of(x, out) {
-            let columns = Columns::of(x);
+            let columns = Columns::of(isa, x);
             let weights = columns.map(f32::abs);
             let found = ggml_search(3.0, -0.5, 15, true).search(isa, &columns, &weights);
             block.fill(x, &found, scales);
@@ -571,7 +571,7 @@ impl Block for Q2K {
     #[inline(always)]
     fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q2K], scales: &mut Halves) {
         for (x, block) in blocks_of(x, out) {
-            let columns = Columns::of(x);
+            let columns = Columns::of(isa, x);
             let found = mse_search(3.0).search(isa, &columns, &columns.map(|_| 1.0));
             block.fill(x, &found, scales);
         }

@@ -115,7 +115,7 @@ fn affine_rtn<I: Isa>(isa: I, x: &[f32; 32], top: f32) -> (f32, f32, [u8; 32]) {
 /// Scales of least squared error for codes −half…half − 1.
 #[inline(always)]
 fn symmetric_search<I: Isa>(isa: I, x: &[f32], half: f32) -> [f32; LANES] {
-    let x = Columns::<32>::of(x);
+    let x = Columns::<32>::of(isa, x);
     // The largest element may take the last code, clip, or lie short of it;
     // with the other sign the last code of the shorter side.
     let span = if half > 16.0 { 2.5 } else { 0.5 * half };
@@ -127,7 +127,7 @@ fn symmetric_search<I: Isa>(isa: I, x: &[f32], half: f32) -> [f32; LANES] {
 /// Scales and least values of least squared error for codes 0…top.
 #[inline(always)]
 fn affine_search<I: Isa>(isa: I, x: &[f32], top: f32) -> [(f32, f32); LANES] {
-    let x = Columns::<32>::of(x);
+    let x = Columns::<32>::of(isa, x);
     let affine = Affine {
         top,
         from: -0.1 * top,

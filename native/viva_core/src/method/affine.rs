@@ -5,9 +5,9 @@
 //! ranges are judged by the codes that they give, and the winner is refined:
 //! codes from the line, the line from the codes.
 
-use super::mse::lanes;
 use crate::simd::Isa;
 use crate::simd::affine::{Line, range};
+use crate::simd::runs::each_and_ones;
 use crate::tensor::DType;
 
 /// Candidates for each end of the range.
@@ -26,7 +26,12 @@ pub fn least_squares<I: Isa>(isa: I, x: &[f32], top: f32, dtype: DType, rtn: Lin
     // More levels leave less to gain from clipping: the search narrows.
     let depth = if top > 31.0 { 0.03 } else { 0.25 };
     let mut sum = isa.splat(0.0);
-    lanes(isa, x, |x, one| sum = isa.add(sum, isa.mul(x, one)));
+    each_and_ones(
+        isa,
+        x,
+        #[inline(always)]
+        |x, one| sum = isa.add(sum, isa.mul(x, one)),
+    );
     let mean = isa.sum(sum) / x.len() as f32;
     let mut best = (0.0, rtn);
     for a in 0..STEPS {
@@ -58,12 +63,17 @@ fn attempt<I: Isa>(isa: I, x: &[f32], top: f32, mean: f32, line: Line, best: &mu
     let nothing = isa.splat(0.0);
     let (mut v1, mut v2, mut xv) = (nothing, nothing, nothing);
     let center = isa.splat(mean);
-    lanes(isa, x, |x, one| {
-        let v = isa.mul(line.code(isa, x, top), one);
-        v1 = isa.add(v1, v);
-        v2 = isa.add(v2, isa.mul(v, v));
-        xv = isa.add(xv, isa.mul(isa.sub(x, center), v));
-    });
+    each_and_ones(
+        isa,
+        x,
+        #[inline(always)]
+        |x, one| {
+            let v = isa.mul(line.code(isa, x, top), one);
+            v1 = isa.add(v1, v);
+            v2 = isa.add(v2, isa.mul(v, v));
+            xv = isa.add(xv, isa.mul(isa.sub(x, center), v));
+        },
+    );
     let (v1, v2, xv) = (isa.sum(v1), isa.sum(v2), isa.sum(xv));
     let mean_v = v1 / x.len() as f32;
     let variance = v2 - v1 * mean_v;

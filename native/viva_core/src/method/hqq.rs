@@ -10,10 +10,11 @@
 //! rounds or when their mean error no longer falls, and leaves β as it is; twice
 //! the rounds are what it takes to stay below its error at every width.)
 
-use super::mse::{ROUND, lanes};
+use super::mse::ROUND;
 use crate::simd::Isa;
 use crate::simd::affine::{Line, range};
 use crate::simd::int::round_clamped;
+use crate::simd::runs::each_and_ones;
 
 const ROUNDS: usize = 40;
 const BETA: f32 = 10.0;
@@ -96,8 +97,7 @@ fn round<I: Isa>(
     let (scale, inv, zero) = (isa.splat(scale), isa.splat(inv), isa.splat(zero));
     let mut error = nothing;
     let mut shift = nothing;
-    // Twice in what calls it, and of no use outside the kernel.
-    lanes(
+    each_and_ones(
         isa,
         x,
         #[inline(always)]

@@ -6,50 +6,26 @@
 //! replaced by the best one for its codes. (The idea is ggml's
 //! `make_qx_quants`; GPTQ and llm-compressor search the clipped range alone.)
 
-use crate::simd::{Isa, LANES};
+use crate::simd::Isa;
+use crate::simd::runs::each;
 
 /// 1.5 · 2²³: adding and subtracting it rounds to the nearest integer, ties to
 /// even, for magnitudes up to 2²².
 pub(crate) const ROUND: f32 = 12_582_912.0;
 
-/// Runs `step` over x, sixteen elements at a time, zeros past the end.
-#[inline(always)]
-fn vectors<I: Isa>(isa: I, x: &[f32], mut step: impl FnMut(I::F)) {
-    let (chunks, tail) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        step(isa.load(chunk));
-    }
-    if !tail.is_empty() {
-        step(isa.load_part(tail, 0.0));
-    }
-}
-
-/// The same where zeros would count: `step` also gets ones in the lanes that hold
-/// elements and zeros in the others.
-#[inline(always)]
-pub(crate) fn lanes<I: Isa>(isa: I, x: &[f32], mut step: impl FnMut(I::F, I::F)) {
-    let one = isa.splat(1.0);
-    let (chunks, tail) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        step(isa.load(chunk), one);
-    }
-    if !tail.is_empty() {
-        let ones = [1.0; LANES];
-        step(
-            isa.load_part(tail, 0.0),
-            isa.load_part(&ones[..tail.len()], 0.0),
-        );
-    }
-}
-
 /// Σ(x − value)², where `value` is what x becomes; zero becomes zero.
 #[inline(always)]
 pub fn squared_error<I: Isa>(isa: I, x: &[f32], value: impl Fn(I::F) -> I::F) -> f32 {
     let mut sum = isa.splat(0.0);
-    vectors(isa, x, |x| {
-        let e = isa.sub(x, value(x));
-        sum = isa.add(sum, isa.mul(e, e));
-    });
+    each(
+        isa,
+        x,
+        #[inline(always)]
+        |x| {
+            let e = isa.sub(x, value(x));
+            sum = isa.add(sum, isa.mul(e, e));
+        },
+    );
     isa.sum(sum)
 }
 
@@ -78,11 +54,16 @@ impl Best {
     pub fn attempt<I: Isa>(&mut self, isa: I, x: &[f32], zero: f32, code: impl Fn(I::F) -> I::F) {
         let mut xv = isa.splat(0.0);
         let mut vv = isa.splat(0.0);
-        vectors(isa, x, |x| {
-            let v = code(x);
-            xv = isa.add(xv, isa.mul(x, v));
-            vv = isa.add(vv, isa.mul(v, v));
-        });
+        each(
+            isa,
+            x,
+            #[inline(always)]
+            |x| {
+                let v = code(x);
+                xv = isa.add(xv, isa.mul(x, v));
+                vv = isa.add(vv, isa.mul(v, v));
+            },
+        );
         let (xv, vv) = (isa.sum(xv), isa.sum(vv));
         // No codes but zeros: nothing to scale.
         if vv > 0.0 && xv * xv > self.score * vv {

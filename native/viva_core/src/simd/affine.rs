@@ -1,9 +1,9 @@
 //! Integer codes under a float zero point: value = code · scale + bias.
 
 use super::int::{Quotient, Ratio, Rounding, round_clamped, round_scale};
+use super::runs::{self, each_and_ones};
 use super::{Isa, LANES, Op};
 use crate::format::Method;
-use crate::method::mse::lanes;
 use crate::method::{affine, hqq};
 use crate::tensor::DType;
 
@@ -41,10 +41,15 @@ impl Line {
     #[inline(always)]
     pub fn error<I: Isa>(self, isa: I, x: &[f32], top: f32) -> f32 {
         let mut sum = isa.splat(0.0);
-        lanes(isa, x, |x, one| {
-            let e = isa.sub(x, self.value(isa, self.code(isa, x, top)));
-            sum = isa.add(sum, isa.mul(isa.mul(e, e), one));
-        });
+        each_and_ones(
+            isa,
+            x,
+            #[inline(always)]
+            |x, one| {
+                let e = isa.sub(x, self.value(isa, self.code(isa, x, top)));
+                sum = isa.add(sum, isa.mul(isa.mul(e, e), one));
+            },
+        );
         isa.sum(sum)
     }
 }
@@ -163,15 +168,11 @@ fn codes<I: Isa>(isa: I, x: &[f32], out: &mut [u8], line: Line, top: f32) {
 /// Values of consecutive codes of one block: code · scale + bias.
 #[inline(always)]
 pub fn decode_run<I: Isa>(isa: I, codes: &[u8], line: Line, out: &mut [f32]) {
-    let value = |codes| line.value(isa, isa.int_to_float(isa.load_u8(codes)));
-    let (chunks, tail) = codes.as_chunks::<LANES>();
-    let (outs, out_tail) = out.as_chunks_mut::<LANES>();
-    for (codes, out) in chunks.iter().zip(outs) {
-        isa.store(value(codes), out);
-    }
-    if !tail.is_empty() {
-        let mut lanes = [0u8; LANES];
-        lanes[..tail.len()].copy_from_slice(tail);
-        isa.store_part(value(&lanes), out_tail);
-    }
+    runs::decode(
+        isa,
+        codes,
+        out,
+        #[inline(always)]
+        |codes| line.value(isa, isa.int_to_float(isa.load_u8(codes))),
+    );
 }

@@ -1,5 +1,6 @@
 //! 4-bit codes into a table of sixteen values.
 
+use super::runs;
 use super::stats::{absmax_each, stays_zero, together};
 use super::{Isa, LANES, Op};
 use crate::method::mse::{Best, ROUND, squared_error};
@@ -200,21 +201,35 @@ impl<I: Isa> Search<I> {
         let mut best = Best::none();
         for step in 0..24 {
             let inv = isa.splat(1.0 / (most * (1.08 - 0.42 * step as f32 / 23.0)));
-            best.attempt(isa, x, 0.0, |v| self.value(isa.mul(v, inv)));
+            best.attempt(
+                isa,
+                x,
+                0.0,
+                #[inline(always)]
+                |v| self.value(isa.mul(v, inv)),
+            );
         }
         if best.scale < LEAST || !best.scale.is_finite() {
             return most;
         }
-        let error = |scale: f32| {
-            let inv = isa.splat(1.0 / scale);
-            let scale = isa.splat(scale);
-            squared_error(isa, x, |v| isa.mul(self.value(isa.mul(v, inv)), scale))
-        };
-        if error(best.scale) < error(most) {
+        if self.error(x, best.scale) < self.error(x, most) {
             best.scale
         } else {
             most
         }
+    }
+
+    /// Σ(x − value)² under a scale.
+    #[inline(always)]
+    fn error(self, x: &[f32], scale: f32) -> f32 {
+        let isa = self.isa;
+        let (inv, scale) = (isa.splat(1.0 / scale), isa.splat(scale));
+        squared_error(
+            isa,
+            x,
+            #[inline(always)]
+            |v| isa.mul(self.value(isa.mul(v, inv)), scale),
+        )
     }
 
     /// Ranks of `x`, from `ratio(x)` = x / absmax. (bitsandbytes clamps the
@@ -222,16 +237,13 @@ impl<I: Isa> Search<I> {
     #[inline(always)]
     pub fn ranks(self, x: &[f32], out: &mut [u8], ratio: impl Fn(I::F) -> I::F) {
         let isa = self.isa;
-        let (chunks, tail) = x.as_chunks::<LANES>();
-        let (outs, out_tail) = out.as_chunks_mut::<LANES>();
-        for (x, out) in chunks.iter().zip(outs) {
-            isa.store_u8(self.rank(ratio(isa.load(x))), out);
-        }
-        if !tail.is_empty() {
-            let mut lanes = [0u8; LANES];
-            isa.store_u8(self.rank(ratio(isa.load_part(tail, 0.0))), &mut lanes);
-            out_tail.copy_from_slice(&lanes[..tail.len()]);
-        }
+        runs::encode(
+            isa,
+            x,
+            out,
+            #[inline(always)]
+            |x| self.rank(ratio(x)),
+        );
     }
 }
 
@@ -278,13 +290,23 @@ impl Op for Encode<'_> {
                 }
                 if x.len() == self.block_len {
                     let inv = isa.splat(inv);
-                    search.ranks(x, out, |v| isa.mul(v, inv));
+                    search.ranks(
+                        x,
+                        out,
+                        #[inline(always)]
+                        |v| isa.mul(v, inv),
+                    );
                 } else {
                     // bitsandbytes divides in a short last block, and stores the
                     // divisor that it used.
                     *scale = if *scale > LEAST { *scale } else { LEAST };
                     let divisor = isa.splat(*scale);
-                    search.ranks(x, out, |v| isa.div(v, divisor));
+                    search.ranks(
+                        x,
+                        out,
+                        #[inline(always)]
+                        |v| isa.div(v, divisor),
+                    );
                 }
             }
         }
@@ -302,15 +324,11 @@ impl Op for Encode<'_> {
 pub fn decode_run<I: Isa>(isa: I, table: &[f32; 16], codes: &[u8], scale: f32, out: &mut [f32]) {
     let table = isa.load(table);
     let scale = isa.splat(scale);
-    let value = |codes| isa.mul(isa.lookup(table, isa.load_u8(codes)), scale);
-    let (chunks, tail) = codes.as_chunks::<LANES>();
-    let (outs, out_tail) = out.as_chunks_mut::<LANES>();
-    for (codes, out) in chunks.iter().zip(outs) {
-        isa.store(value(codes), out);
-    }
-    if !tail.is_empty() {
-        let mut lanes = [0u8; LANES];
-        lanes[..tail.len()].copy_from_slice(tail);
-        isa.store_part(value(&lanes), out_tail);
-    }
+    runs::decode(
+        isa,
+        codes,
+        out,
+        #[inline(always)]
+        |codes| isa.mul(isa.lookup(table, isa.load_u8(codes)), scale),
+    );
 }

@@ -17,8 +17,21 @@ pub struct Columns<const N: usize>(pub [[f32; LANES]; N]);
 impl<const N: usize> Columns<N> {
     /// Up to sixteen consecutive blocks; lanes past them are zeros.
     #[inline(always)]
-    pub fn of(x: &[f32]) -> Columns<N> {
+    pub fn of<I: Isa>(isa: I, x: &[f32]) -> Columns<N> {
         let mut columns = [[0f32; LANES]; N];
+        if x.len() == LANES * N && N.is_multiple_of(LANES) {
+            let (vectors, _) = x.as_chunks::<LANES>();
+            for (i, rows) in columns.chunks_exact_mut(LANES).enumerate() {
+                let square = std::array::from_fn(
+                    #[inline(always)]
+                    |lane| isa.load(&vectors[lane * (N / LANES) + i]),
+                );
+                for (v, row) in isa.transpose(square).into_iter().zip(rows) {
+                    isa.store(v, row);
+                }
+            }
+            return Columns(columns);
+        }
         for (lane, block) in x.as_chunks::<N>().0.iter().enumerate().take(LANES) {
             for (row, &v) in columns.iter_mut().zip(block) {
                 row[lane] = v;
@@ -120,6 +133,29 @@ pub struct Affine {
 }
 
 impl Affine {
+    /// Σ w · error of those codes.
+    #[inline(always)]
+    fn error<I: Isa, const N: usize>(
+        &self,
+        isa: I,
+        x: &Columns<N>,
+        weights: &Columns<N>,
+        (scale, low): (I::F, I::F),
+        codes: &[I::F; N],
+    ) -> I::F {
+        let mut sum = isa.splat(0.0);
+        for ((x, w), &code) in x.0.iter().zip(&weights.0).zip(codes) {
+            let e = isa.sub(isa.add(isa.mul(scale, code), low), isa.load(x));
+            let e = if self.absolute {
+                abs(isa, e)
+            } else {
+                isa.mul(e, e)
+            };
+            sum = isa.add(sum, isa.mul(isa.load(w), e));
+        }
+        sum
+    }
+
     /// For the codes of each inverse scale, the scale and least value of least
     /// weighted squared error; of those, the best pair.
     #[inline(always)]
@@ -144,81 +180,81 @@ impl Affine {
         if self.low_at_most_zero {
             low = isa.min(low, zero);
         }
-        let code = |inverse: I::F, low: I::F, x: I::F| {
-            round_clamped(isa, isa.mul(inverse, isa.sub(x, low)), zero, top)
-        };
-        // The range of subnormals has no finite inverse; their codes are zeros.
-        let over = |numerator: f32, range: I::F| {
-            let inverse = isa.div(isa.splat(numerator), range);
-            isa.choose(isa.splat(f32::INFINITY), inverse, inverse, zero)
-        };
-        let error = |scale: I::F, low: I::F, codes: &[I::F; N]| {
-            let mut sum = zero;
-            for ((x, w), &code) in x.0.iter().zip(&weights.0).zip(codes) {
-                let e = isa.sub(isa.add(isa.mul(scale, code), low), isa.load(x));
-                let e = if self.absolute {
-                    abs(isa, e)
-                } else {
-                    isa.mul(e, e)
-                };
-                sum = isa.add(sum, isa.mul(isa.load(w), e));
-            }
-            sum
-        };
-
         let range = isa.sub(high, low);
         let mut codes = [zero; N];
         let mut best = Fit {
             scale: isa.div(isa.splat(1.0), isa.div(top, range)),
             low,
-            coded: (over(self.top, range), low),
+            coded: (over(isa, self.top, range), low),
         };
         for (x, c) in x.0.iter().zip(&mut codes) {
-            *c = code(best.coded.0, low, isa.load(x));
+            *c = above(isa, best.coded.0, low, isa.load(x), top);
         }
-        let mut best_error = error(best.scale, low, &codes);
+        let mut best_error = self.error(isa, x, weights, (best.scale, low), &codes);
         for i in 0..=self.tries {
             // The codes of a try lie above the least value of the best so far.
             let coded_low = best.low;
             let numerator = self.from + self.step * i as f32 + self.top;
-            let inverse = over(numerator, isa.sub(high, coded_low));
+            let inverse = over(isa, numerator, isa.sub(high, coded_low));
             let (mut sum_l, mut sum_l2, mut sum_xl) = (zero, zero, zero);
             for ((x, w), c) in x.0.iter().zip(&weights.0).zip(&mut codes) {
                 let x = isa.load(x);
-                *c = code(inverse, coded_low, x);
+                *c = above(isa, inverse, coded_low, x, top);
                 let wl = isa.mul(isa.load(w), *c);
                 sum_l = isa.add(sum_l, wl);
                 sum_l2 = isa.add(sum_l2, isa.mul(wl, *c));
                 sum_xl = isa.add(sum_xl, isa.mul(wl, x));
             }
-            let cross = |a, b, c, d| isa.sub(isa.mul(a, b), isa.mul(c, d));
-            let det = cross(sum_w, sum_l2, sum_l, sum_l);
-            let mut scale = isa.div(cross(sum_w, sum_xl, sum_x, sum_l), det);
-            let mut low = isa.div(cross(sum_l2, sum_x, sum_l, sum_xl), det);
+            let det = cross(isa, (sum_w, sum_l2), (sum_l, sum_l));
+            let mut scale = isa.div(cross(isa, (sum_w, sum_xl), (sum_x, sum_l)), det);
+            let mut low = isa.div(cross(isa, (sum_l2, sum_x), (sum_l, sum_xl)), det);
             if self.low_at_most_zero {
                 scale = isa.choose(low, zero, isa.div(sum_xl, sum_l2), scale);
                 low = isa.choose(low, zero, zero, low);
             }
-            let e = error(scale, low, &codes);
+            let e = self.error(isa, x, weights, (scale, low), &codes);
             let e = isa.choose(det, zero, e, isa.splat(f32::INFINITY));
-            let better = |new: I::F, old: I::F| isa.choose(best_error, e, new, old);
             best = Fit {
-                scale: better(scale, best.scale),
-                low: better(low, best.low),
+                scale: isa.choose(best_error, e, scale, best.scale),
+                low: isa.choose(best_error, e, low, best.low),
                 coded: (
-                    better(inverse, best.coded.0),
-                    better(coded_low, best.coded.1),
+                    isa.choose(best_error, e, inverse, best.coded.0),
+                    isa.choose(best_error, e, coded_low, best.coded.1),
                 ),
             };
-            best_error = better(e, best_error);
+            best_error = isa.choose(best_error, e, e, best_error);
         }
         let (inverse, coded_low) = best.coded;
         Found {
             scale: lanes(isa, isa.choose(high, low, best.scale, zero)),
             low: lanes(isa, isa.choose(high, low, best.low, low)),
-            codes: byte_codes(isa, x, |x| code(inverse, coded_low, x)),
+            codes: byte_codes(
+                isa,
+                x,
+                #[inline(always)]
+                |x| above(isa, inverse, coded_low, x, top),
+            ),
         }
     }
+}
+
+/// The code of x above a least value.
+#[inline(always)]
+fn above<I: Isa>(isa: I, inverse: I::F, low: I::F, x: I::F, top: I::F) -> I::F {
+    round_clamped(isa, isa.mul(inverse, isa.sub(x, low)), isa.splat(0.0), top)
+}
+
+/// The quotient; of a range of subnormals, which has no finite inverse, zero.
+#[inline(always)]
+fn over<I: Isa>(isa: I, numerator: f32, range: I::F) -> I::F {
+    let inverse = isa.div(isa.splat(numerator), range);
+    isa.choose(isa.splat(f32::INFINITY), inverse, inverse, isa.splat(0.0))
+}
+
+/// a · b − c · d.
+#[inline(always)]
+fn cross<I: Isa>(isa: I, (a, b): (I::F, I::F), (c, d): (I::F, I::F)) -> I::F {
+    isa.sub(isa.mul(a, b), isa.mul(c, d))
 }
 
 /// Scale and least value, and the inverse and least value that gave the codes.
@@ -305,6 +341,12 @@ impl<I: Isa> Best<I> {
     }
 }
 
+/// v, but nothing in lanes that ggml takes for all zeros.
+#[inline(always)]
+fn keep<I: Isa>(isa: I, most: I::F, v: I::F) -> I::F {
+    isa.choose(isa.splat(LEAST), most, isa.splat(0.0), v)
+}
+
 /// Codes −half…half − 1 about zero. Each numerator over the largest element is
 /// an inverse scale that is tried.
 #[inline(always)]
@@ -318,22 +360,35 @@ pub fn symmetric<I: Isa, const N: usize>(
     let zero = isa.splat(0.0);
     let (lo, hi) = (isa.splat(-half), isa.splat(half - 1.0));
     let (signed, most) = largest(isa, x);
-    let code = |inverse: I::F, x: I::F| round_clamped(isa, isa.mul(inverse, x), lo, hi);
     let mut best: Option<Best<I>> = None;
     for numerator in numerators {
         let inverse = isa.div(isa.splat(numerator), signed);
-        let sums = Best::sums(isa, x, weights, |x| code(inverse, x), true);
+        let sums = Best::sums(
+            isa,
+            x,
+            weights,
+            #[inline(always)]
+            |x| round_clamped(isa, isa.mul(inverse, x), lo, hi),
+            true,
+        );
         match &mut best {
             None => best = Some(Best::first(isa, inverse, sums)),
             Some(best) => best.next(inverse, sums),
         }
     }
     let (scale, inverse) = best.map_or((zero, zero), |b| (b.scale, b.inverse));
-    let keep = |v: I::F| isa.choose(isa.splat(LEAST), most, zero, v);
     Found {
-        scale: lanes(isa, keep(scale)),
+        scale: lanes(isa, keep(isa, most, scale)),
         low: [0.0; LANES],
-        codes: byte_codes(isa, x, |x| keep(isa.add(code(inverse, x), isa.splat(half)))),
+        codes: byte_codes(
+            isa,
+            x,
+            #[inline(always)]
+            |x| {
+                let code = round_clamped(isa, isa.mul(inverse, x), lo, hi);
+                keep(isa, most, isa.add(code, isa.splat(half)))
+            },
+        ),
     }
 }
 
@@ -347,20 +402,39 @@ pub fn table<I: Isa, const N: usize>(
     search: Search<I>,
     numerators: impl IntoIterator<Item = f32>,
 ) -> [f32; LANES] {
-    let zero = isa.splat(0.0);
     let (signed, most) = largest(isa, x);
-    let sums = |inverse: I::F| {
-        let value = |x: I::F| search.value(isa.mul(inverse, x));
-        Best::sums(isa, x, weights, value, false)
-    };
-    let scale = isa.div(signed, isa.splat(127.0));
-    let inverse = isa.div(isa.splat(1.0), scale);
-    let mut best = Best::first(isa, inverse, sums(inverse));
-    for numerator in numerators {
-        let inverse = isa.div(isa.splat(numerator), signed);
-        best.next(inverse, sums(inverse));
+    let first = isa.div(isa.splat(1.0), isa.div(signed, isa.splat(127.0)));
+    let mut best: Option<Best<I>> = None;
+    for numerator in std::iter::once(None).chain(numerators.into_iter().map(Some)) {
+        let inverse = match numerator {
+            None => first,
+            Some(numerator) => isa.div(isa.splat(numerator), signed),
+        };
+        let sums = Best::sums(
+            isa,
+            x,
+            weights,
+            #[inline(always)]
+            |x| search.value(isa.mul(inverse, x)),
+            false,
+        );
+        match &mut best {
+            None => best = Some(Best::first(isa, inverse, sums)),
+            Some(best) => best.next(inverse, sums),
+        }
     }
-    lanes(isa, isa.choose(isa.splat(LEAST), most, zero, best.scale))
+    let scale = best.map_or(isa.splat(0.0), |best| best.scale);
+    lanes(isa, keep(isa, most, scale))
+}
+
+/// The nearest integer within bounds. Quotients have none: ggml takes the low bits of
+/// what is too large.
+#[inline(always)]
+fn nearest<I: Isa>(isa: I, v: I::F, lo: I::F, hi: I::F) -> I::F {
+    let bits = isa.bits(isa.add(v, isa.splat(ROUND)));
+    let low = isa.and(bits, isa.splat_u(0x007f_ffff));
+    let v = isa.int_to_float(isa.sub_u(low, isa.splat_u(0x0040_0000)));
+    isa.min(isa.max(v, lo), hi)
 }
 
 /// Codes −half…half − 1 about zero, weighted by x²: from the largest element's
@@ -371,31 +445,24 @@ pub fn descent<I: Isa, const N: usize>(isa: I, x: &Columns<N>, half: f32) -> Fou
     let (lo, hi) = (isa.splat(-half), isa.splat(half - 1.0));
     let (signed, most) = largest(isa, x);
     // The quotients have no bound: ggml takes the low bits of what is too large.
-    let nearest = |v: I::F| {
-        let bits = isa.bits(isa.add(v, isa.splat(ROUND)));
-        let low = isa.and(bits, isa.splat_u(0x007f_ffff));
-        let v = isa.int_to_float(isa.sub_u(low, isa.splat_u(0x0040_0000)));
-        isa.min(isa.max(v, lo), hi)
-    };
-    let weight = |x: I::F| isa.mul(x, x);
     let inverse = isa.div(lo, signed);
     let mut codes = [zero; N];
     let (mut xl, mut ll) = (zero, zero);
     for (x, code) in x.0.iter().zip(&mut codes) {
         let x = isa.load(x);
-        *code = nearest(isa.mul(inverse, x));
-        let w = weight(x);
+        *code = nearest(isa, isa.mul(inverse, x), lo, hi);
+        let w = isa.mul(x, x);
         xl = isa.add(xl, isa.mul(isa.mul(w, x), *code));
         ll = isa.add(ll, isa.mul(isa.mul(w, *code), *code));
     }
     for _ in 0..5 {
         for (x, code) in x.0.iter().zip(&mut codes) {
             let x = isa.load(x);
-            let w = weight(x);
+            let w = isa.mul(x, x);
             let wx = isa.mul(w, x);
             let other_xl = isa.sub(xl, isa.mul(wx, *code));
             let other_ll = isa.sub(ll, isa.mul(isa.mul(w, *code), *code));
-            let moved = nearest(isa.div(isa.mul(x, other_ll), other_xl));
+            let moved = nearest(isa, isa.div(isa.mul(x, other_ll), other_xl), lo, hi);
             let new_xl = isa.add(other_xl, isa.mul(wx, moved));
             let new_ll = isa.add(other_ll, isa.mul(isa.mul(w, moved), moved));
             let new = isa.mul(isa.mul(new_xl, new_xl), ll);
@@ -411,14 +478,16 @@ pub fn descent<I: Isa, const N: usize>(isa: I, x: &Columns<N>, half: f32) -> Fou
             ll = isa.choose(gain, zero, new_ll, ll);
         }
     }
-    let keep = |v: I::F| isa.choose(isa.splat(LEAST), most, zero, v);
     let mut bytes = [[0u8; LANES]; N];
     for (&code, out) in codes.iter().zip(&mut bytes) {
-        let raw = keep(isa.add(code, isa.splat(half)));
+        let raw = keep(isa, most, isa.add(code, isa.splat(half)));
         isa.store_u8(isa.bits(isa.add(raw, isa.splat(ROUND))), out);
     }
     Found {
-        scale: lanes(isa, keep(isa.choose(ll, zero, isa.div(xl, ll), zero))),
+        scale: lanes(
+            isa,
+            keep(isa, most, isa.choose(ll, zero, isa.div(xl, ll), zero)),
+        ),
         low: [0.0; LANES],
         codes: bytes,
     }

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::runs;
 use super::stats::{absmax_each, range_each, range_with_zero, stays_zero, together};
 use super::{Isa, LANES, Op};
 use crate::method::mse::{Best, ROUND, squared_error};
@@ -146,17 +147,13 @@ impl<I: Isa> Rounding<I> {
     #[inline(always)]
     pub fn codes(self, x: &[f32], out: &mut [u8], ratio: impl Ratio<I>) {
         let isa = self.isa;
-        let (chunks, tail) = x.as_chunks::<LANES>();
-        let (outs, out_tail) = out.as_chunks_mut::<LANES>();
-        for (x, out) in chunks.iter().zip(outs) {
-            isa.store_u8(self.code(ratio.of(isa, isa.load(x))), out);
-        }
-        if !tail.is_empty() {
-            let mut lanes = [0u8; LANES];
-            let code = self.code(ratio.of(isa, isa.load_part(tail, 0.0)));
-            isa.store_u8(code, &mut lanes);
-            out_tail.copy_from_slice(&lanes[..tail.len()]);
-        }
+        runs::encode(
+            isa,
+            x,
+            out,
+            #[inline(always)]
+            |x| self.code(ratio.of(isa, x)),
+        );
     }
 }
 
@@ -178,9 +175,12 @@ impl Grid {
         let zero = if self.symmetric { 0 } else { fit.zero };
         let (lo, hi) = ((self.lo - zero) as f32, (self.hi - zero) as f32);
         let scale = isa.splat(fit.scale);
-        squared_error(isa, x, |v| {
-            isa.mul(round_clamped(isa, isa.div(v, scale), lo, hi), scale)
-        })
+        squared_error(
+            isa,
+            x,
+            #[inline(always)]
+            |v| isa.mul(round_clamped(isa, isa.div(v, scale), lo, hi), scale),
+        )
     }
 
     /// Round to nearest: the scale that just covers the extremes.
@@ -254,7 +254,13 @@ impl Grid {
                     let shrink = 1.02 + (1.0 / self.divisor) - depth * step as f32 / 23.0;
                     let inv = sign * widest / (most * shrink);
                     let inv = isa.splat(inv);
-                    best.attempt(isa, x, 0.0, |v| round_clamped(isa, isa.mul(v, inv), lo, hi));
+                    best.attempt(
+                        isa,
+                        x,
+                        0.0,
+                        #[inline(always)]
+                        |v| round_clamped(isa, isa.mul(v, inv), lo, hi),
+                    );
                 }
             }
         } else {
@@ -269,9 +275,13 @@ impl Grid {
                     let zero = self.with_zero(scale, -low).zero as f32;
                     let (lo, hi) = (self.lo as f32 - zero, self.hi as f32 - zero);
                     let inv = isa.splat(1.0 / scale);
-                    best.attempt(isa, x, zero, |v| {
-                        round_clamped(isa, isa.mul(v, inv), lo, hi)
-                    });
+                    best.attempt(
+                        isa,
+                        x,
+                        zero,
+                        #[inline(always)]
+                        |v| round_clamped(isa, isa.mul(v, inv), lo, hi),
+                    );
                 }
             }
         }
@@ -281,9 +291,13 @@ impl Grid {
             if usable(scale) {
                 let (lo, hi) = (self.lo as f32 - zero, self.hi as f32 - zero);
                 let inv = isa.splat(1.0 / scale);
-                best.attempt(isa, x, zero, |v| {
-                    round_clamped(isa, isa.mul(v, inv), lo, hi)
-                });
+                best.attempt(
+                    isa,
+                    x,
+                    zero,
+                    #[inline(always)]
+                    |v| round_clamped(isa, isa.mul(v, inv), lo, hi),
+                );
             }
         }
         let found = Fit {
@@ -508,24 +522,20 @@ pub fn decode_run<I: Isa>(
 ) {
     let zero = isa.splat_u(zero as u32);
     let (scale, factor) = (isa.splat(scale), isa.splat(factor));
-    let value = |codes: &[u8; LANES]| {
-        let code = if signed {
-            isa.load_i8(codes)
-        } else {
-            isa.sub_u(isa.load_u8(codes), zero)
-        };
-        isa.mul(isa.mul(isa.int_to_float(code), scale), factor)
-    };
-    let (chunks, tail) = codes.as_chunks::<LANES>();
-    let (outs, out_tail) = out.as_chunks_mut::<LANES>();
-    for (codes, out) in chunks.iter().zip(outs) {
-        isa.store(value(codes), out);
-    }
-    if !tail.is_empty() {
-        let mut lanes = [0u8; LANES];
-        lanes[..tail.len()].copy_from_slice(tail);
-        isa.store_part(value(&lanes), out_tail);
-    }
+    runs::decode(
+        isa,
+        codes,
+        out,
+        #[inline(always)]
+        |codes| {
+            let code = if signed {
+                isa.load_i8(codes)
+            } else {
+                isa.sub_u(isa.load_u8(codes), zero)
+            };
+            isa.mul(isa.mul(isa.int_to_float(code), scale), factor)
+        },
+    );
 }
 
 #[cfg(test)]

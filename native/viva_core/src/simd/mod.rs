@@ -19,6 +19,7 @@ mod neon;
 pub mod nibble;
 pub mod panel;
 pub mod product;
+pub mod runs;
 pub mod small_float;
 pub mod sparsity;
 pub mod stats;

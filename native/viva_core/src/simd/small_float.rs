@@ -140,9 +140,12 @@ impl Op for Search<'_> {
                     continue;
                 }
                 let by = isa.splat(scale);
-                let error = squared_error(isa, x, |v| {
-                    isa.mul(nearest(isa, self.float, isa.div(v, by)), by)
-                });
+                let error = squared_error(
+                    isa,
+                    x,
+                    #[inline(always)]
+                    |v| isa.mul(nearest(isa, self.float, isa.div(v, by)), by),
+                );
                 if error < least {
                     least = error;
                     *best = i as u8;
