@@ -450,6 +450,7 @@ defmodule VivaTensor do
   @doc """
   The machine as native code sees it: architecture, instruction set in force
   and those available (`VIVA_TENSOR_ISA` forces one), threads of the pool.
+  [Kernels](kernels.md#levels) lists the instruction sets.
 
       iex> :portable in VivaTensor.cpu().available
       true

@@ -82,7 +82,7 @@ impl From<Scale> for OptionValue {
     }
 }
 
-/// User options on their way into a [`Spec`]; each is taken once, and what no
+/// User options on their way into a [`super::Spec`]; each is taken once, and what no
 /// one took is reported by name.
 #[derive(Clone, Debug, Default)]
 pub struct Options {

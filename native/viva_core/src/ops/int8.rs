@@ -304,6 +304,7 @@ impl Tile {
                 numbers[group * width + t] = Number {
                     scale,
                     sum: scale * sum as f32,
+                    codes: sum,
                     start: -i32::from(plan.steps.zero) * sum,
                 };
                 rounded[x.len()..].fill(0);

@@ -10,8 +10,10 @@
 use half::f16;
 
 #[cfg(target_arch = "x86_64")]
-use super::{Avx2, Avx512, Avx512Vnni};
+use super::{Avx2, Avx2Vnni, Avx512, Avx512Vnni};
 use super::{Isa, LANES, Level, Portable};
+#[cfg(target_arch = "aarch64")]
+use super::{Neon, NeonDotprod, NeonI8mm};
 
 /// Bytes of a vector.
 pub const BYTES: usize = 4 * LANES;
@@ -20,6 +22,9 @@ pub const BYTES: usize = 4 * LANES;
 pub trait Dots: Isa {
     /// Sixty-four bytes.
     type B: Copy;
+    /// What [`Dots::dot`] takes off every w, where both factors have to be signed:
+    /// who adds up products begins with so many times Σx.
+    const LESS: i32 = 0;
 
     fn load_bytes(self, x: &[u8; BYTES]) -> Self::B;
     fn store_bytes(self, v: Self::B, out: &mut [u8; BYTES]);
@@ -35,7 +40,7 @@ pub trait Dots: Isa {
     fn load_table(self, table: &[u8; 16]) -> Self::B;
     /// `table[index]` of each byte; indices are below 16.
     fn lookup_bytes(self, table: Self::B, index: Self::B) -> Self::B;
-    /// sum + Σw·x over the four bytes of each lane: w unsigned, x signed.
+    /// sum + Σ(w − LESS)·x over the four bytes of each lane: w unsigned, x signed.
     fn dot(self, sum: Self::U, w: Self::B, x: [i8; 4]) -> Self::U;
     /// Asks for the cache line that holds that byte, which may lie anywhere.
     fn prefetch(self, at: *const u8);
@@ -56,25 +61,28 @@ pub fn dispatch<O: DotsOp>(op: O) -> O::Output {
 /// Runs a kernel at `level`, or at the baseline where the machine lacks it.
 #[inline]
 pub fn dispatch_at<O: DotsOp>(level: Level, op: O) -> O::Output {
+    macro_rules! at {
+        ($token:ident) => {
+            if let Some(token) = $token::detect() {
+                return token.dispatch_dots(op);
+            }
+        };
+    }
     match level {
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => at!(Neon),
+        #[cfg(target_arch = "aarch64")]
+        Level::NeonDotprod => at!(NeonDotprod),
+        #[cfg(target_arch = "aarch64")]
+        Level::NeonI8mm => at!(NeonI8mm),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512Vnni => {
-            if let Some(token) = Avx512Vnni::detect() {
-                return token.dispatch_dots(op);
-            }
-        }
+        Level::Avx2 => at!(Avx2),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => {
-            if let Some(token) = Avx512::detect() {
-                return token.dispatch_dots(op);
-            }
-        }
+        Level::Avx2Vnni => at!(Avx2Vnni),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => {
-            if let Some(token) = Avx2::detect() {
-                return token.dispatch_dots(op);
-            }
-        }
+        Level::Avx512 => at!(Avx512),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Vnni => at!(Avx512Vnni),
         _ => {}
     }
     op.run(Portable)
@@ -150,7 +158,8 @@ mod tests {
             let table = isa.load_table(self.table);
             let (low, high) = (isa.low_halves(w), isa.high_halves(w));
             isa.prefetch(self.w.as_ptr());
-            let start = isa.splat_u(7);
+            let sum: i32 = self.x.into_iter().map(i32::from).sum();
+            let start = isa.splat_u((7 + I::LESS * sum) as u32);
             [w, low, high, isa.lookup_bytes(table, low)].map(|w| {
                 let mut out = [0; LANES];
                 isa.store_u(isa.dot(start, w, self.x), &mut out);

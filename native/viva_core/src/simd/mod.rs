@@ -30,10 +30,10 @@ pub mod vector;
 mod x86;
 
 #[cfg(target_arch = "aarch64")]
-pub use neon::Neon;
+pub use neon::{Neon, NeonDotprod, NeonI8mm};
 pub use vector::{Isa, LANES, Portable};
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512, Avx512Vnni};
+pub use x86::{Avx2, Avx2Vnni, Avx512, Avx512Vnni};
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -44,17 +44,26 @@ use crate::error::{Error, Result};
 pub enum Level {
     Portable,
     Neon,
+    /// NEON with dot products of bytes, signed ones.
+    NeonDotprod,
+    /// NEON with dot products of unsigned bytes with signed ones.
+    NeonI8mm,
     Avx2,
+    /// AVX2 with dot products of bytes.
+    Avx2Vnni,
     Avx512,
     /// AVX-512 with dot products of bytes.
     Avx512Vnni,
 }
 
 impl Level {
-    const ALL: [Level; 5] = [
+    const ALL: [Level; 8] = [
         Level::Portable,
         Level::Neon,
+        Level::NeonDotprod,
+        Level::NeonI8mm,
         Level::Avx2,
+        Level::Avx2Vnni,
         Level::Avx512,
         Level::Avx512Vnni,
     ];
@@ -63,7 +72,10 @@ impl Level {
         match self {
             Level::Portable => "portable",
             Level::Neon => "neon",
+            Level::NeonDotprod => "neon_dotprod",
+            Level::NeonI8mm => "neon_i8mm",
             Level::Avx2 => "avx2",
+            Level::Avx2Vnni => "avx2_vnni",
             Level::Avx512 => "avx512",
             Level::Avx512Vnni => "avx512_vnni",
         }
@@ -85,8 +97,14 @@ pub fn levels() -> Vec<Level> {
         Level::Portable => true,
         #[cfg(target_arch = "aarch64")]
         Level::Neon => Neon::detect().is_some(),
+        #[cfg(target_arch = "aarch64")]
+        Level::NeonDotprod => NeonDotprod::detect().is_some(),
+        #[cfg(target_arch = "aarch64")]
+        Level::NeonI8mm => NeonI8mm::detect().is_some(),
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => Avx2::detect().is_some(),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2Vnni => Avx2Vnni::detect().is_some(),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => Avx512::detect().is_some(),
         #[cfg(target_arch = "x86_64")]
@@ -142,7 +160,7 @@ pub fn dispatch<O: Op>(op: O) -> O::Output {
 pub fn dispatch_at<O: Op>(level: Level, op: O) -> O::Output {
     match level {
         #[cfg(target_arch = "aarch64")]
-        Level::Neon => {
+        Level::Neon | Level::NeonDotprod | Level::NeonI8mm => {
             if let Some(token) = Neon::detect() {
                 return token.dispatch(op);
             }
@@ -154,7 +172,7 @@ pub fn dispatch_at<O: Op>(level: Level, op: O) -> O::Output {
             }
         }
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => {
+        Level::Avx2 | Level::Avx2Vnni => {
             if let Some(token) = Avx2::detect() {
                 return token.dispatch(op);
             }

@@ -6,14 +6,31 @@ use core::arch::asm;
 use std::arch::is_aarch64_feature_detected;
 
 use super::Op;
+use super::dots::{BYTES, Dots, DotsOp};
 use super::token::{intrinsics, token};
 use super::vector::{Isa, LANES};
 
-/// Proof that the CPU has NEON.
+/// Proof that the CPU has NEON, and what later ones added for dot products of bytes.
 #[derive(Clone, Copy)]
-pub struct Neon(());
+pub struct NeonWith<const DOTS: u8>(());
 
-token!(Neon, run_neon, "neon", is_aarch64_feature_detected, "neon");
+const PRODUCTS: u8 = 0;
+const SDOT: u8 = 1;
+const USDOT: u8 = 2;
+
+pub type Neon = NeonWith<PRODUCTS>;
+pub type NeonDotprod = NeonWith<SDOT>;
+pub type NeonI8mm = NeonWith<USDOT>;
+
+token!(Neon, is_aarch64_feature_detected, "neon");
+token!(NeonDotprod, is_aarch64_feature_detected, "neon", "dotprod");
+token!(
+    NeonI8mm,
+    is_aarch64_feature_detected,
+    "neon",
+    "dotprod",
+    "i8mm"
+);
 
 /// Sixteen lanes: element i of the vector is lane i mod 4 of register i / 4.
 type Floats = [float32x4_t; 4];
@@ -25,7 +42,7 @@ fn both<A: Copy, B: Copy, C>(a: [A; 4], b: [B; 4], f: impl Fn(A, B) -> C) -> [C;
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
-impl Isa for Neon {
+impl<const DOTS: u8> Isa for NeonWith<DOTS> {
     type F = Floats;
     type U = Ints;
     const ACCUMULATORS: usize = 6;
@@ -146,6 +163,98 @@ impl Isa for Neon {
                 }
             }
             out
+        }
+    }
+}
+
+/// Adds to each lane of a register the dot product of its four bytes. The intrinsics
+/// need a later Rust, and an assembler asks for the extension that an instruction
+/// belongs to, whatever the function around is compiled with.
+macro_rules! dot_products {
+    ($extension:literal, $instruction:literal, $sum:ident, $w:ident, $x:ident) => {{
+        let mut sum = $sum;
+        asm!(
+            concat!(".arch_extension ", $extension),
+            concat!($instruction, " {sum:v}.4s, {w:v}.16b, {x:v}.16b"),
+            sum = inout(vreg) sum,
+            w = in(vreg) $w,
+            x = in(vreg) $x,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+        sum
+    }};
+}
+
+/// Sixty-four bytes.
+type Bytes = [uint8x16_t; 4];
+
+impl<const DOTS: u8> Dots for NeonWith<DOTS> {
+    type B = Bytes;
+    const LESS: i32 = if DOTS == SDOT { 128 } else { 0 };
+
+    intrinsics! {
+        fn load_bytes(self, x: &[u8; BYTES]) -> Bytes {
+            let x = x.as_ptr();
+            [vld1q_u8(x), vld1q_u8(x.add(16)), vld1q_u8(x.add(32)), vld1q_u8(x.add(48))]
+        }
+        fn store_bytes(self, v: Bytes, out: &mut [u8; BYTES]) {
+            for (v, out) in v.into_iter().zip(out.as_chunks_mut::<16>().0) {
+                vst1q_u8(out.as_mut_ptr(), v)
+            }
+        }
+        fn load_u32(self, x: &[u8; BYTES]) -> Ints {
+            let (fours, _) = x.as_chunks::<16>();
+            std::array::from_fn(|i| vreinterpretq_u32_u8(vld1q_u8(fours[i].as_ptr())))
+        }
+        fn load_f16(self, x: &[u8; 2 * LANES]) -> Floats {
+            let (fours, _) = x.as_chunks::<8>();
+            std::array::from_fn(|i| {
+                let half = vld1_u8(fours[i].as_ptr());
+                let v;
+                // The intrinsics of f16 need a later Rust.
+                asm!(
+                    "fcvtl {v:v}.4s, {half:v}.4h",
+                    v = lateout(vreg) v,
+                    half = in(vreg) half,
+                    options(pure, nomem, nostack, preserves_flags)
+                );
+                v
+            })
+        }
+        fn low_halves(self, v: Bytes) -> Bytes { v.map(|v| vandq_u8(v, vdupq_n_u8(15))) }
+        fn high_halves(self, v: Bytes) -> Bytes { v.map(|v| vshrq_n_u8::<4>(v)) }
+        fn load_table(self, table: &[u8; 16]) -> Bytes { [vld1q_u8(table.as_ptr()); 4] }
+        fn lookup_bytes(self, table: Bytes, index: Bytes) -> Bytes {
+            index.map(|index| vqtbl1q_u8(table[0], index))
+        }
+        fn dot(self, sum: Ints, w: Bytes, x: [i8; 4]) -> Ints {
+            let x = vdupq_n_u32(u32::from_le_bytes(x.map(|x| x as u8)));
+            match DOTS {
+                USDOT => both(sum, w, |sum, w| dot_products!("i8mm", "usdot", sum, w, x)),
+                SDOT => both(sum, w, |sum, w| {
+                    // Less 128, as a signed byte.
+                    let w = veorq_u8(w, vdupq_n_u8(128));
+                    dot_products!("dotprod", "sdot", sum, w, x)
+                }),
+                // Even and odd bytes by themselves: 255 · −128 is within sixteen
+                // bits, a sum of two is not.
+                _ => {
+                    let x = vreinterpretq_s16_u32(x);
+                    let x_even = vshrq_n_s16::<8>(vshlq_n_s16::<8>(x));
+                    let x_odd = vshrq_n_s16::<8>(x);
+                    both(sum, w, |sum, w| {
+                        let w = vreinterpretq_u16_u8(w);
+                        let even = vreinterpretq_s16_u16(vandq_u16(w, vdupq_n_u16(255)));
+                        let odd = vreinterpretq_s16_u16(vshrq_n_u16::<8>(w));
+                        let sum = vreinterpretq_s32_u32(sum);
+                        let sum = vpadalq_s16(sum, vmulq_s16(even, x_even));
+                        vreinterpretq_u32_s32(vpadalq_s16(sum, vmulq_s16(odd, x_odd)))
+                    })
+                }
+            }
+        }
+        fn prefetch(self, at: *const u8) {
+            asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(readonly, nostack, preserves_flags))
         }
     }
 }

@@ -98,6 +98,8 @@ pub struct Number {
     pub scale: f32,
     /// scale · Σ codes.
     pub sum: f32,
+    /// Σ codes.
+    pub codes: i32,
     /// −zero · Σ codes: what sums of products begin with.
     pub start: i32,
 }
@@ -197,7 +199,7 @@ impl Multiply<'_> {
             let numbers = &numbers[token..token + R];
             let mut sums = [[[isa.splat_u(0); V]; R]; S];
             for (sums, number) in sums[0].iter_mut().zip(numbers) {
-                *sums = [isa.splat_u(number.start as u32); V];
+                *sums = [isa.splat_u((number.start + I::LESS * number.codes) as u32); V];
             }
             if KIND == STEP {
                 let (turns, rest) = lines.as_chunks::<S>();

@@ -4,44 +4,34 @@
 /// features of its level, and here is the one place where kernels are compiled with
 /// them.
 macro_rules! token {
-    ($name:ident, $run:ident, $features:literal, $detector:ident, $($detected:tt),+) => {
+    ($name:ident, $detector:ident, $($feature:tt),+) => {
         impl $name {
             pub fn detect() -> Option<$name> {
-                ($($detector!($detected))&&+).then_some(Self(()))
+                ($($detector!($feature))&&+).then_some(Self(()))
             }
 
-            /// Runs `op` compiled for this level.
+            /// Runs a kernel compiled for this level.
             #[inline(always)]
             pub fn dispatch<O: Op>(self, op: O) -> O::Output {
+                #[target_feature($(enable = $feature),+)]
+                fn run<O: Op>(token: $name, op: O) -> O::Output {
+                    op.run(token)
+                }
                 // SAFETY: the token exists, so detection found every feature
                 // that `run` is compiled with.
-                unsafe { $run(self, op) }
+                unsafe { run(self, op) }
             }
-        }
 
-        #[target_feature(enable = $features)]
-        fn $run<O: Op>(token: $name, op: O) -> O::Output {
-            op.run(token)
-        }
-    };
-}
-
-/// The same for kernels of bytes: compiled for the levels that have a `dots_token`.
-#[cfg(target_arch = "x86_64")]
-macro_rules! dots_token {
-    ($name:ident, $run:ident, $features:literal) => {
-        impl $name {
             /// Runs a kernel of bytes compiled for this level.
             #[inline(always)]
             pub fn dispatch_dots<O: DotsOp>(self, op: O) -> O::Output {
+                #[target_feature($(enable = $feature),+)]
+                fn run<O: DotsOp>(token: $name, op: O) -> O::Output {
+                    op.run(token)
+                }
                 // SAFETY: as for `dispatch`.
-                unsafe { $run(self, op) }
+                unsafe { run(self, op) }
             }
-        }
-
-        #[target_feature(enable = $features)]
-        fn $run<O: DotsOp>(token: $name, op: O) -> O::Output {
-            op.run(token)
         }
     };
 }
@@ -60,6 +50,4 @@ macro_rules! intrinsics {
     };
 }
 
-#[cfg(target_arch = "x86_64")]
-pub(super) use dots_token;
 pub(super) use {intrinsics, token};

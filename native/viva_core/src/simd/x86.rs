@@ -5,12 +5,16 @@ use core::arch::x86_64::*;
 
 use super::Op;
 use super::dots::{BYTES, Dots, DotsOp};
-use super::token::{dots_token, intrinsics, token};
+use super::token::{intrinsics, token};
 use super::vector::{Isa, LANES};
 
-/// Proof that the CPU has AVX2 and what came with it.
+/// Proof that the CPU has AVX2 and what came with it, and the dot products of bytes
+/// that later ones added.
 #[derive(Clone, Copy)]
-pub struct Avx2(());
+pub struct Avx2With<const VNNI: bool>(());
+
+pub type Avx2 = Avx2With<false>;
+pub type Avx2Vnni = Avx2With<true>;
 
 /// Proof that the CPU has the AVX-512 of its first servers, and the dot products
 /// of bytes that later ones added.
@@ -20,20 +24,18 @@ pub struct Avx512With<const VNNI: bool>(());
 pub type Avx512 = Avx512With<false>;
 pub type Avx512Vnni = Avx512With<true>;
 
+token!(Avx2, is_x86_feature_detected, "avx2", "fma", "f16c", "bmi2");
 token!(
-    Avx2,
-    run_avx2,
-    "avx2,fma,f16c,bmi2",
+    Avx2Vnni,
     is_x86_feature_detected,
     "avx2",
     "fma",
     "f16c",
-    "bmi2"
+    "bmi2",
+    "avxvnni"
 );
 token!(
     Avx512,
-    run_avx512,
-    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2",
     is_x86_feature_detected,
     "avx512f",
     "avx512bw",
@@ -46,8 +48,6 @@ token!(
 );
 token!(
     Avx512Vnni,
-    run_avx512_vnni,
-    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2",
     is_x86_feature_detected,
     "avx512f",
     "avx512bw",
@@ -58,17 +58,6 @@ token!(
     "fma",
     "f16c",
     "bmi2"
-);
-dots_token!(Avx2, run_dots_avx2, "avx2,fma,f16c,bmi2");
-dots_token!(
-    Avx512,
-    run_dots_avx512,
-    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
-);
-dots_token!(
-    Avx512Vnni,
-    run_dots_avx512_vnni,
-    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2"
 );
 
 impl<const VNNI: bool> Isa for Avx512With<VNNI> {
@@ -157,7 +146,7 @@ impl<const VNNI: bool> Isa for Avx512With<VNNI> {
     }
 }
 
-impl Isa for Avx2 {
+impl<const VNNI: bool> Isa for Avx2With<VNNI> {
     type F = [__m256; 2];
     type U = [__m256i; 2];
     const ACCUMULATORS: usize = 6;
@@ -356,7 +345,7 @@ impl<const VNNI: bool> Dots for Avx512With<VNNI> {
     }
 }
 
-impl Dots for Avx2 {
+impl<const VNNI: bool> Dots for Avx2With<VNNI> {
     type B = [__m256i; 2];
 
     intrinsics! {
@@ -395,8 +384,14 @@ impl Dots for Avx2 {
             index.map(|index| _mm256_shuffle_epi8(table[0], index))
         }
         fn dot(self, sum: [__m256i; 2], w: [__m256i; 2], x: [i8; 4]) -> [__m256i; 2] {
-            // As AVX-512 does it without an instruction for it.
             let x = _mm256_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8)));
+            if VNNI {
+                return [
+                    _mm256_dpbusd_avx_epi32(sum[0], w[0], x),
+                    _mm256_dpbusd_avx_epi32(sum[1], w[1], x),
+                ];
+            }
+            // As AVX-512 does it without an instruction for it.
             let x_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
             let x_odd = _mm256_srai_epi16::<8>(x);
             [0, 1].map(|h| {
