@@ -6,8 +6,7 @@ mod support;
 use support::golden::Golden;
 use support::{dequantized, int, make, name, on_every_level, quantized};
 use viva_core::format::Quantized;
-use viva_core::ops::Cancel;
-use viva_core::ops::matmul::{by_name, matmul_shape};
+use viva_core::ops::matmul::by_name;
 use viva_core::tensor::{DType, Tensor};
 use viva_core::{Error, Result};
 
@@ -36,10 +35,7 @@ fn blockwise_codes_scales_and_values_are_theirs() {
 }
 
 fn llm_int8(x: &Tensor, q: &Quantized) -> Result<Tensor> {
-    let shape = matmul_shape(x, &q.shape)?;
-    let mut out = vec![0u8; shape.iter().product::<usize>() * x.dtype().size()];
-    by_name("llm_int8")?(x, q, x.dtype(), &mut out, &Cancel::new())?;
-    Tensor::from_slice(x.dtype(), &shape, &out)
+    support::product("llm_int8", x, q, x.dtype())
 }
 
 /// They round to the dtype of x three times, the integer part, the weights of

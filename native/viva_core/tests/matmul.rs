@@ -8,21 +8,19 @@
 mod support;
 
 use support::{
-    every_spec, f32_tensor, float_tensor, gaussian, make, on_every_level, quantized, yes,
+    every_spec, exact_product, f32_tensor, float_tensor, gaussian, make, on_every_level, quantized,
+    yes,
 };
 use viva_core::format::{Quantized, Spec};
 use viva_core::ops::dequantize::dequantize;
-use viva_core::ops::matmul::{BATCH, matmul_into, matmul_shape};
+use viva_core::ops::matmul::{BATCH, matmul_into};
 use viva_core::ops::quantize::quantize;
 use viva_core::ops::{Cancel, pool};
 use viva_core::tensor::{DType, Tensor};
 use viva_core::{Error, Result};
 
 fn matmul(x: &Tensor, q: &Quantized, dtype: DType) -> Result<Tensor> {
-    let shape = matmul_shape(x, &q.shape)?;
-    let mut out = vec![0u8; shape.iter().product::<usize>() * dtype.size()];
-    matmul_into(x, q, dtype, &mut out, &Cancel::new())?;
-    Tensor::from_slice(dtype, &shape, &out)
+    support::product("f32", x, q, dtype)
 }
 
 /// Half the distance of two neighbours at 1, and the least distance of all.
@@ -45,21 +43,16 @@ fn check(x: &Tensor, q: &Quantized, dtype: DType) {
     assert_eq!(y.shape(), shape, "{what}");
     let (x, w, y) = (x.to_f32_vec(), dequantize(q).unwrap(), y.to_f32_vec());
     let (relative, least) = rounding(dtype);
-    for (i, row) in x.chunks(k).enumerate() {
-        for (j, weights) in w.chunks(k).enumerate() {
-            let (mut sum, mut magnitudes) = (0f64, 0f64);
-            for (&x, &w) in row.iter().zip(weights) {
-                sum += f64::from(x) * f64::from(w);
-                magnitudes += (f64::from(x) * f64::from(w)).abs();
-            }
-            let steps = 2.0 * k as f64 * (2f64.powi(-24) * magnitudes + 2f64.powi(-150));
-            let tolerance = steps + relative * sum.abs() * 1.001 + least;
-            let got = f64::from(y[i * n + j]);
-            assert!(
-                (got - sum).abs() <= tolerance,
-                "[{i}, {j}] {got} is not {sum}: {what}"
-            );
-        }
+    for (i, (sum, magnitudes)) in exact_product(&x, &w, k).into_iter().enumerate() {
+        let steps = 2.0 * k as f64 * (2f64.powi(-24) * magnitudes + 2f64.powi(-150));
+        let tolerance = steps + relative * sum.abs() * 1.001 + least;
+        let got = f64::from(y[i]);
+        assert!(
+            (got - sum).abs() <= tolerance,
+            "[{}, {}] {got} is not {sum}: {what}",
+            i / n,
+            i % n
+        );
     }
 }
 

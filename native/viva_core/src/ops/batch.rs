@@ -1,11 +1,14 @@
 //! Products with many rows of x: panels of activations with panels of decoded
 //! weights.
 //!
-//! Activations are packed once a call, eight rows side by side. Of the weights 32
-//! rows are decoded and transposed into a panel that stays in L2 while all panels
-//! of activations pass over it, so a weight is decoded once a call. Every
-//! result is one chain of fused multiply-adds in the order of k: the same bits on
-//! every level, for every number of threads and whatever other rows come along.
+//! Activations are packed once a call, eight rows side by side. Weights are decoded
+//! and transposed into panels of 32 rows, some of which stay in L2 while all panels
+//! of activations pass over them, so a weight is decoded once a call. What a panel
+//! holds is a word of 32 bits: a number, or two of bf16.
+//!
+//! Every result is one chain in the order of k, of fused multiply-adds where words
+//! are numbers: then the same bits on every level. With pairs, as with numbers, the
+//! bits depend neither on the number of threads nor on what other rows come along.
 
 use std::ops::Range;
 
@@ -15,19 +18,70 @@ use super::Cancel;
 use crate::error::Result;
 use crate::format::Decode;
 use crate::simd::product::{NARROW, Product, Transpose, WIDE};
-use crate::simd::{LANES, dispatch};
+use crate::simd::{LANES, bf16, dispatch};
 use crate::tensor::{DType, narrow};
 
-/// Elements of [`WIDE`] rows of weights that are decoded together: 256 KiB, for L2.
-const DEPTH: usize = 2048;
-/// Elements that are multiplied together: 16 KiB of weights stay in L1 while the
+/// Words of a row of weights that are decoded together.
+const DEPTH: usize = 512;
+/// Words that are multiplied together: 16 KiB of weights stay in L1 while the
 /// activations stream by.
 const SLICE: usize = 128;
+/// Panels of weights at most that wait in L2 together, 64 KiB each: while one is in
+/// L1, the slice of activations comes from L2 for the others too.
+const WEIGHTS: usize = 4;
+/// Panels of activations that one task multiplies before it looks at the flag, for
+/// their slice to stay in L2 as well.
+const ACTIVATIONS: usize = 32;
 /// Elements from a decoded row to the next. Rows a power of two apart would
 /// share a few lines of L1.
-const STRIDE: usize = DEPTH + LANES;
-/// Panels of activations that one task multiplies before it looks at the flag.
-const PANELS: usize = 16;
+const STRIDE: usize = 2 * DEPTH + LANES;
+
+/// What the words of panels are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Words {
+    Numbers,
+    /// Numbers rounded to bf16.
+    Rounded,
+    /// Two numbers in bf16.
+    Pairs,
+}
+
+impl Words {
+    /// Those of bf16 that the level in force multiplies best.
+    pub fn bf16() -> Words {
+        match bf16::has_pairs() {
+            true => Words::Pairs,
+            false => Words::Rounded,
+        }
+    }
+
+    /// Numbers of a word.
+    fn numbers(self) -> usize {
+        match self {
+            Words::Pairs => 2,
+            _ => 1,
+        }
+    }
+
+    /// Turns the first `len` numbers of a row into words, in place. What follows
+    /// them up to a multiple of two vectors is lost.
+    fn make(self, row: &mut [f32], len: usize) {
+        let padded = len.next_multiple_of(2 * LANES);
+        row[len..padded].fill(0.0);
+        match self {
+            Words::Numbers => {}
+            Words::Rounded => dispatch(bf16::Round(&mut row[..padded])),
+            Words::Pairs => bf16::dispatch(bf16::Pair(&mut row[..padded])),
+        }
+    }
+
+    fn multiply(self, product: Product) {
+        match self {
+            Words::Pairs => bf16::dispatch(product),
+            _ => dispatch(product),
+        }
+    }
+}
 
 /// Results as they are computed: for each [`WIDE`] rows of weights a line of
 /// [`WIDE`] sums for each row of x.
@@ -92,32 +146,29 @@ pub(super) fn multiply(
     x: &[f32],
     decoder: &dyn Decode,
     (n, k): (usize, usize),
+    words: Words,
     cancel: &Cancel,
 ) -> Result<Blocks> {
-    let x = pack(x, k);
-    let padded = x.len() / k;
+    let padded = (x.len() / k).next_multiple_of(NARROW);
+    let depth = k.div_ceil(words.numbers());
+    let x = pack(x, k, words);
     let mut blocks = Blocks::zeroed(n, padded);
-    blocks.par_chunks_mut(1).enumerate().try_for_each_init(
-        Weights::default,
-        |weights, (block, sums)| {
-            let rows = block * WIDE..n.min((block + 1) * WIDE);
-            for at in (0..k).step_by(DEPTH) {
-                let depth = DEPTH.min(k - at);
-                weights.decode(decoder, rows.clone(), (k, at, depth));
-                let weights = &weights.panel;
-                // Threads that ran out of blocks take some of these.
-                sums.par_chunks_mut(PANELS * NARROW * WIDE)
-                    .zip(x.par_chunks(PANELS * NARROW * k))
-                    .try_for_each(|(sums, x)| {
+    let each = n.div_ceil(WIDE).div_ceil(rayon::current_num_threads());
+    let each = each.clamp(1, WEIGHTS);
+    blocks.par_chunks_mut(each).enumerate().try_for_each_init(
+        || Weights::of(decoder, k, words),
+        |weights, (task, sums)| {
+            let rows = task * each * WIDE..n.min((task + 1) * each * WIDE);
+            for at in (0..depth).step_by(DEPTH) {
+                weights.decode(rows.clone(), at..depth.min(at + DEPTH));
+                let weights = &*weights;
+                // Threads that ran out of weights take some of the activations.
+                stretches(sums, padded)
+                    .into_par_iter()
+                    .zip(x.par_chunks(ACTIVATIONS * NARROW * depth))
+                    .try_for_each(|(mut sums, x)| {
                         cancel.check()?;
-                        for (s, b) in weights.chunks(SLICE * WIDE).enumerate() {
-                            let from = NARROW * (at + s * SLICE);
-                            let panels = x.chunks_exact(NARROW * k);
-                            for (x, c) in panels.zip(sums.chunks_exact_mut(NARROW * WIDE)) {
-                                let a = &x[from..][..b.len() / WIDE * NARROW];
-                                dispatch(Product { a, b, c });
-                            }
-                        }
+                        weights.times(&x[x.len() / depth * at..], x.len() / depth, &mut sums);
                         Ok(())
                     })?;
             }
@@ -127,55 +178,112 @@ pub(super) fn multiply(
     Ok(blocks)
 }
 
-/// Panels of [`NARROW`] rows of x, each `[k, NARROW]`; zeros past the last row.
-fn pack(x: &[f32], k: usize) -> Vec<f32> {
-    let mut panels = vec![0f32; (x.len() / k).next_multiple_of(NARROW) * k];
-    panels
-        .par_chunks_mut(NARROW * k)
-        .zip(x.par_chunks(NARROW * k))
-        .for_each(|(panel, rows)| {
-            let (lines, _) = panel.as_chunks_mut::<NARROW>();
-            // A stretch of lines at a time, which L1 holds until all rows are in.
-            for (s, lines) in lines.chunks_mut(SLICE).enumerate() {
-                for (i, row) in rows.chunks_exact(k).enumerate() {
-                    for (line, &v) in lines.iter_mut().zip(&row[s * SLICE..]) {
-                        line[i] = v;
+/// The sums of some blocks, cut as the activations are: for each stretch of these
+/// its lines of every block.
+fn stretches(sums: &mut [f32], padded: usize) -> Vec<Vec<&mut [f32]>> {
+    let mut stretches = Vec::new();
+    stretches.resize_with(padded.div_ceil(ACTIVATIONS * NARROW), Vec::new);
+    for block in sums.chunks_exact_mut(padded * WIDE) {
+        let pieces = block.chunks_mut(ACTIVATIONS * NARROW * WIDE);
+        for (stretch, piece) in stretches.iter_mut().zip(pieces) {
+            stretch.push(piece);
+        }
+    }
+    stretches
+}
+
+/// Rows of x as words: stretches of [`ACTIVATIONS`] panels, each slice after slice,
+/// a slice panel after panel of `[SLICE, NARROW]`; zeros past the last row.
+fn pack(x: &[f32], k: usize, words: Words) -> Vec<f32> {
+    let depth = k.div_ceil(words.numbers());
+    let mut packed = vec![0f32; (x.len() / k).next_multiple_of(NARROW) * depth];
+    packed
+        .par_chunks_mut(ACTIVATIONS * NARROW * depth)
+        .zip(x.par_chunks(ACTIVATIONS * NARROW * k))
+        .for_each(|(stretch, x)| {
+            let rows = stretch.len() / depth;
+            let slices = stretch.par_chunks_mut(rows * SLICE).enumerate();
+            slices.for_each(|(s, slice)| {
+                let from = s * SLICE * words.numbers();
+                let len = (k - from).min(SLICE * words.numbers());
+                let mut row = [0f32; 2 * SLICE];
+                let panels = slice.chunks_exact_mut(slice.len() / rows * NARROW);
+                for (panel, x) in panels.zip(x.chunks(NARROW * k)) {
+                    let (lines, _) = panel.as_chunks_mut::<NARROW>();
+                    for (i, x) in x.chunks_exact(k).enumerate() {
+                        row[..len].copy_from_slice(&x[from..from + len]);
+                        words.make(&mut row, len);
+                        for (line, &word) in lines.iter_mut().zip(&row) {
+                            line[i] = word;
+                        }
                     }
                 }
-            }
-        });
-    panels
-}
-
-/// [`WIDE`] rows of weights, decoded.
-#[derive(Default)]
-struct Weights {
-    rows: Vec<f32>,
-    /// A panel of `[depth, WIDE]`.
-    panel: Vec<f32>,
-}
-
-impl Weights {
-    /// Decodes elements `at .. at + depth` of those rows of k. Columns past the
-    /// last row hold what was there before, for sums that nobody reads.
-    fn decode(
-        &mut self,
-        decoder: &dyn Decode,
-        mut which: Range<usize>,
-        (k, at, depth): (usize, usize, usize),
-    ) {
-        self.rows.resize(LANES * STRIDE, 0.0);
-        self.panel.resize(WIDE * depth, 0.0);
-        for lane in (0..WIDE).step_by(LANES) {
-            for (out, row) in self.rows.chunks_exact_mut(STRIDE).zip(&mut which) {
-                decoder.decode(row * k + at, &mut out[..depth]);
-            }
-            dispatch(Transpose {
-                rows: &self.rows,
-                stride: STRIDE,
-                at: lane,
-                panel: &mut self.panel,
             });
+        });
+    packed
+}
+
+/// Some panels of weights, each of `[depth, WIDE]`.
+struct Weights<'a> {
+    decoder: &'a dyn Decode,
+    k: usize,
+    words: Words,
+    rows: Vec<f32>,
+    panels: Vec<f32>,
+    depth: usize,
+}
+
+impl Weights<'_> {
+    fn of(decoder: &dyn Decode, k: usize, words: Words) -> Weights<'_> {
+        Weights {
+            decoder,
+            k,
+            words,
+            rows: vec![0.0; LANES * STRIDE],
+            panels: Vec::new(),
+            depth: 0,
+        }
+    }
+
+    /// Takes those words of those rows. Columns past the last row hold what was
+    /// there before, for sums that nobody reads.
+    fn decode(&mut self, rows: Range<usize>, words: Range<usize>) {
+        self.depth = words.len();
+        let from = words.start * self.words.numbers();
+        let len = (self.k - from).min(words.len() * self.words.numbers());
+        let panels = rows.len().div_ceil(WIDE);
+        self.panels.resize(panels * WIDE * self.depth, 0.0);
+        let mut rows = rows;
+        for panel in self.panels.chunks_exact_mut(WIDE * self.depth) {
+            for at in (0..WIDE).step_by(LANES) {
+                for (out, row) in self.rows.chunks_exact_mut(STRIDE).zip(&mut rows) {
+                    self.decoder.decode(row * self.k + from, &mut out[..len]);
+                    self.words.make(out, len);
+                }
+                dispatch(Transpose {
+                    rows: &self.rows,
+                    stride: STRIDE,
+                    at,
+                    panel,
+                });
+            }
+        }
+    }
+
+    /// Adds the products with so many rows of x, packed from these words on: for
+    /// each panel of weights a line of sums a row.
+    fn times(&self, x: &[f32], rows: usize, sums: &mut [&mut [f32]]) {
+        for from in (0..self.depth).step_by(SLICE) {
+            let len = SLICE.min(self.depth - from);
+            let x = &x[rows * from..][..rows * len];
+            let panels = self.panels.chunks_exact(WIDE * self.depth);
+            for (panel, sums) in panels.zip(&mut *sums) {
+                let b = &panel[WIDE * from..][..WIDE * len];
+                let tiles = x.chunks_exact(NARROW * len);
+                for (a, c) in tiles.zip(sums.chunks_exact_mut(NARROW * WIDE)) {
+                    self.words.multiply(Product { a, b, c });
+                }
+            }
         }
     }
 }

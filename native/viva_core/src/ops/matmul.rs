@@ -7,10 +7,17 @@
 //! level that fuses multiplying and adding. It is one of two orders, by the rows of
 //! x: fewer than [`BATCH`] are dot products of sixteen lanes, as many or more go to
 //! [`super::batch`], which fuses on every level.
+//!
+//! What `compute: :bf16` promises: the same of x and weights rounded to bf16, to
+//! nearest, ties to even. So a result is off from that of the unrounded factors by
+//! at most 2⁻⁷ · Σ|x||w| more. The order of the sum, and whether factors and sums
+//! below 2⁻¹²⁶ count as zeros, is the level's. Fewer than [`BATCH`] rows, where
+//! rounding saves nothing, have the results of `compute: :f32`.
 
 use rayon::prelude::*;
 
-use super::{CHUNK, Cancel, batch, pool};
+use super::batch::{self, Words};
+use super::{CHUNK, Cancel, pool};
 use crate::error::{Error, Result};
 use crate::format::{Decode, Input, Quantized};
 use crate::method::input;
@@ -25,16 +32,17 @@ pub const BATCH: usize = NARROW;
 /// A way to compute `x · qᵀ` into a buffer.
 pub type Matmul = fn(&Tensor, &Quantized, DType, &mut [u8], &Cancel) -> Result<()>;
 
-/// The way of that name: `f32` is [`matmul_into`], `int8` and `llm_int8` are those of
-/// [`super::int8`] and [`super::llm_int8`].
+/// The way of that name: `f32` is [`matmul_into`], `bf16` [`matmul_bf16_into`],
+/// `int8` and `llm_int8` are those of [`super::int8`] and [`super::llm_int8`].
 pub fn by_name(compute: &str) -> Result<Matmul> {
     match compute {
         "f32" => Ok(matmul_into),
+        "bf16" => Ok(matmul_bf16_into),
         super::int8::NAME => Ok(super::int8::matmul_into),
         "llm_int8" => Ok(super::llm_int8::matmul_into),
         other => Err(Error::option(
             "compute",
-            format!("expected f32, int8 or llm_int8, got {other}"),
+            format!("expected f32, bf16, int8 or llm_int8, got {other}"),
         )),
     }
 }
@@ -83,6 +91,31 @@ pub fn matmul_into(
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
+    multiply(x, q, Words::Numbers, dtype, out, cancel)
+}
+
+/// The same with factors rounded to bf16 where x has many rows.
+///
+/// # Errors
+/// Those of [`matmul_into`].
+pub fn matmul_bf16_into(
+    x: &Tensor,
+    q: &Quantized,
+    dtype: DType,
+    out: &mut [u8],
+    cancel: &Cancel,
+) -> Result<()> {
+    multiply(x, q, Words::bf16(), dtype, out, cancel)
+}
+
+fn multiply(
+    x: &Tensor,
+    q: &Quantized,
+    words: Words,
+    dtype: DType,
+    out: &mut [u8],
+    cancel: &Cancel,
+) -> Result<()> {
     check(x, q, dtype, out)?;
     let mut widened = Vec::new();
     let Some(x) = activations(x, q, out, &mut widened)? else {
@@ -96,7 +129,7 @@ pub fn matmul_into(
             let columns = dot_products(x, &*decoder, (n, k), cancel)?;
             write_rows(&columns, n, m, dtype, out)
         } else {
-            batch::multiply(x, &*decoder, (n, k), cancel)?.write(dtype, out)
+            batch::multiply(x, &*decoder, (n, k), words, cancel)?.write(dtype, out)
         }
     })
 }

@@ -7,6 +7,7 @@
 //! the CPU has the instructions, which is the whole safety argument.
 
 pub mod affine;
+pub mod bf16;
 pub mod bits;
 pub mod codebook;
 pub mod columns;
@@ -33,7 +34,7 @@ mod x86;
 pub use neon::{Neon, NeonDotprod, NeonI8mm};
 pub use vector::{Isa, LANES, Portable};
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx2Vnni, Avx512, Avx512Vnni};
+pub use x86::{Avx2, Avx2Vnni, Avx512, Avx512Bf16, Avx512Vnni};
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -54,10 +55,12 @@ pub enum Level {
     Avx512,
     /// AVX-512 with dot products of bytes.
     Avx512Vnni,
+    /// And with those of pairs of bf16.
+    Avx512Bf16,
 }
 
 impl Level {
-    const ALL: [Level; 8] = [
+    const ALL: [Level; 9] = [
         Level::Portable,
         Level::Neon,
         Level::NeonDotprod,
@@ -66,6 +69,7 @@ impl Level {
         Level::Avx2Vnni,
         Level::Avx512,
         Level::Avx512Vnni,
+        Level::Avx512Bf16,
     ];
 
     pub fn name(self) -> &'static str {
@@ -78,6 +82,7 @@ impl Level {
             Level::Avx2Vnni => "avx2_vnni",
             Level::Avx512 => "avx512",
             Level::Avx512Vnni => "avx512_vnni",
+            Level::Avx512Bf16 => "avx512_bf16",
         }
     }
 }
@@ -109,6 +114,8 @@ pub fn levels() -> Vec<Level> {
         Level::Avx512 => Avx512::detect().is_some(),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512Vnni => Avx512Vnni::detect().is_some(),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Bf16 => Avx512Bf16::detect().is_some(),
         // A level of another architecture.
         _ => false,
     };
@@ -166,7 +173,7 @@ pub fn dispatch_at<O: Op>(level: Level, op: O) -> O::Output {
             }
         }
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Vnni => {
+        Level::Avx512 | Level::Avx512Vnni | Level::Avx512Bf16 => {
             if let Some(token) = Avx512::detect() {
                 return token.dispatch(op);
             }

@@ -5,6 +5,7 @@
 //! memory in order. Every element of a result is one chain of fused multiply-adds
 //! in the order of the rows: the same bits on every level and for every cut.
 
+use super::bf16::{Pairs, PairsOp};
 use super::{Isa, LANES, Op};
 
 /// Columns of the left operand's panels.
@@ -13,7 +14,8 @@ pub const NARROW: usize = 8;
 pub const WIDE: usize = 32;
 
 /// c += aᵀ · b for `a` of `[depth, NARROW]`, `b` of `[depth, WIDE]` and `c` of
-/// `[NARROW, WIDE]`.
+/// `[NARROW, WIDE]`. As an [`Op`] of numbers, as a [`PairsOp`] of words that hold
+/// pairs of bf16.
 pub struct Product<'a> {
     pub a: &'a [f32],
     pub b: &'a [f32],
@@ -25,15 +27,54 @@ impl Op for Product<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
+        self.tiles::<I, Numbers>(isa);
+    }
+}
+
+impl PairsOp for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Pairs>(self, isa: I) {
+        self.tiles::<I, Words>(isa);
+    }
+}
+
+/// How an element of each operand becomes part of a sum.
+trait Term<I: Isa> {
+    fn add(isa: I, a: I::F, b: I::F, sum: I::F) -> I::F;
+}
+
+struct Numbers;
+
+impl<I: Isa> Term<I> for Numbers {
+    #[inline(always)]
+    fn add(isa: I, a: I::F, b: I::F, sum: I::F) -> I::F {
+        isa.fused(a, b, sum)
+    }
+}
+
+struct Words;
+
+impl<I: Pairs> Term<I> for Words {
+    #[inline(always)]
+    fn add(isa: I, a: I::F, b: I::F, sum: I::F) -> I::F {
+        isa.dot_pairs(a, b, sum)
+    }
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    fn tiles<I: Isa, T: Term<I>>(self, isa: I) {
         let (a, _) = self.a.as_chunks::<NARROW>();
         let (b, _) = self.b.as_chunks::<WIDE>();
         let (c, _) = self.c.as_chunks_mut::<WIDE>();
         if I::ACCUMULATORS >= 2 * NARROW {
-            tile::<I, NARROW, 2>(isa, a, b, c, 0, 0);
+            tile::<I, T, NARROW, 2>(isa, a, b, c, 0, 0);
         } else {
             for row in [0, NARROW / 2] {
                 for vector in [0, 1] {
-                    tile::<I, { NARROW / 2 }, 1>(isa, a, b, c, row, vector);
+                    tile::<I, T, { NARROW / 2 }, 1>(isa, a, b, c, row, vector);
                 }
             }
         }
@@ -42,7 +83,7 @@ impl Op for Product<'_> {
 
 /// `R` rows and `V` vectors of the result, in registers over the whole depth.
 #[inline(always)]
-fn tile<I: Isa, const R: usize, const V: usize>(
+fn tile<I: Isa, T: Term<I>, const R: usize, const V: usize>(
     isa: I,
     a: &[[f32; NARROW]],
     b: &[[f32; WIDE]],
@@ -63,7 +104,7 @@ fn tile<I: Isa, const R: usize, const V: usize>(
         for (sums, &a) in sums.iter_mut().zip(&a[row..]) {
             let a = isa.splat(a);
             for (sum, b) in sums.iter_mut().zip(b) {
-                *sum = isa.fused(a, b, *sum);
+                *sum = T::add(isa, a, b, *sum);
             }
         }
     }
@@ -143,7 +184,9 @@ impl Op for Transpose<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::simd::bf16 as pairs;
     use crate::simd::{dispatch_at, levels};
+    use half::bf16;
 
     #[test]
     fn every_element_is_one_chain_of_fused_multiply_adds() {
@@ -162,6 +205,37 @@ mod tests {
                 let mut c = start.clone();
                 let (a, b) = (&a[..], &b[..]);
                 dispatch_at(level, Product { a, b, c: &mut c });
+                assert_eq!(c, expected, "{level:?}");
+            }
+        }
+    }
+
+    /// Small whole numbers, whose sums are exact in every order.
+    #[test]
+    fn pairs_are_two_terms_of_a_sum() {
+        let words = |n: usize, first: usize| {
+            let mut words = vec![0f32; n];
+            let halves: &mut [bf16] = bytemuck::cast_slice_mut(&mut words);
+            for (i, half) in halves.iter_mut().enumerate() {
+                *half = bf16::from_f32(((i + first) * 7919 % 33) as f32 - 16.0);
+            }
+            words
+        };
+        let halves = |word: f32| bytemuck::cast::<f32, [bf16; 2]>(word).map(bf16::to_f32);
+        for depth in [0, 1, 3, 64] {
+            let (a, b) = (words(depth * NARROW, 0), words(depth * WIDE, 5));
+            let mut expected = [1f32; NARROW * WIDE];
+            for (i, c) in expected.iter_mut().enumerate() {
+                for t in 0..depth {
+                    let a = halves(a[t * NARROW + i / WIDE]);
+                    let b = halves(b[t * WIDE + i % WIDE]);
+                    *c += a[0] * b[0] + a[1] * b[1];
+                }
+            }
+            for level in levels() {
+                let mut c = [1f32; NARROW * WIDE];
+                let (a, b) = (&a[..], &b[..]);
+                pairs::dispatch_at(level, Product { a, b, c: &mut c });
                 assert_eq!(c, expected, "{level:?}");
             }
         }

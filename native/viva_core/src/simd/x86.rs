@@ -4,6 +4,7 @@
 use core::arch::x86_64::*;
 
 use super::Op;
+use super::bf16::{Pairs, PairsOp};
 use super::dots::{BYTES, Dots, DotsOp};
 use super::token::{intrinsics, token};
 use super::vector::{Isa, LANES};
@@ -16,13 +17,14 @@ pub struct Avx2With<const VNNI: bool>(());
 pub type Avx2 = Avx2With<false>;
 pub type Avx2Vnni = Avx2With<true>;
 
-/// Proof that the CPU has the AVX-512 of its first servers, and the dot products
-/// of bytes that later ones added.
+/// Proof that the CPU has the AVX-512 of its first servers, and what later ones
+/// added: dot products of bytes, and of pairs of bf16.
 #[derive(Clone, Copy)]
-pub struct Avx512With<const VNNI: bool>(());
+pub struct Avx512With<const VNNI: bool, const BF16: bool>(());
 
-pub type Avx512 = Avx512With<false>;
-pub type Avx512Vnni = Avx512With<true>;
+pub type Avx512 = Avx512With<false, false>;
+pub type Avx512Vnni = Avx512With<true, false>;
+pub type Avx512Bf16 = Avx512With<true, true>;
 
 token!(Avx2, is_x86_feature_detected, "avx2", "fma", "f16c", "bmi2");
 token!(
@@ -59,8 +61,35 @@ token!(
     "f16c",
     "bmi2"
 );
+token!(
+    Avx512Bf16,
+    is_x86_feature_detected,
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512vnni",
+    "avx512bf16",
+    "avx2",
+    "fma",
+    "f16c",
+    "bmi2"
+);
 
-impl<const VNNI: bool> Isa for Avx512With<VNNI> {
+impl Avx512Bf16 {
+    /// Runs a kernel of pairs compiled for this level.
+    #[inline(always)]
+    pub fn dispatch_pairs<O: PairsOp>(self, op: O) -> O::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,bmi2")]
+        fn run<O: PairsOp>(token: Avx512Bf16, op: O) -> O::Output {
+            op.run(token)
+        }
+        // SAFETY: as for `dispatch`.
+        unsafe { run(self, op) }
+    }
+}
+
+impl<const VNNI: bool, const BF16: bool> Isa for Avx512With<VNNI, BF16> {
     type F = __m512;
     type U = __m512i;
     const ACCUMULATORS: usize = 24;
@@ -305,7 +334,21 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
     }
 }
 
-impl<const VNNI: bool> Dots for Avx512With<VNNI> {
+impl Pairs for Avx512Bf16 {
+    intrinsics! {
+        fn pair(self, first: __m512, second: __m512) -> __m512 {
+            // The second operand fills the low half.
+            std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(second, first))
+        }
+        fn dot_pairs(self, a: __m512, b: __m512, sum: __m512) -> __m512 {
+            let a = std::mem::transmute::<__m512, __m512bh>(a);
+            let b = std::mem::transmute::<__m512, __m512bh>(b);
+            _mm512_dpbf16_ps(sum, a, b)
+        }
+    }
+}
+
+impl<const VNNI: bool, const BF16: bool> Dots for Avx512With<VNNI, BF16> {
     type B = __m512i;
 
     intrinsics! {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use viva_core::format::{FORMATS, OptionValue, Quantized, Spec, spec};
 use viva_core::ops::metrics::Metrics;
-use viva_core::ops::{Cancel, dequantize, metrics, pool, quantize};
+use viva_core::ops::{Cancel, dequantize, matmul, metrics, pool, quantize};
 use viva_core::simd;
 use viva_core::tensor::{DType, Tensor, narrow};
 
@@ -199,6 +199,29 @@ pub fn quantized(x: &Tensor, spec: &Spec) -> Quantized {
 pub fn timed() -> bool {
     let asked = |flag: &str| std::env::args().any(|arg| arg == flag);
     asked("--bench") && !asked("--test")
+}
+
+/// x · qᵀ in the arithmetic of that name.
+pub fn product(
+    compute: &str,
+    x: &Tensor,
+    q: &Quantized,
+    dtype: DType,
+) -> viva_core::Result<Tensor> {
+    let shape = matmul::matmul_shape(x, &q.shape)?;
+    let mut out = vec![0u8; shape.iter().product::<usize>() * dtype.size()];
+    matmul::by_name(compute)?(x, q, dtype, &mut out, &Cancel::new())?;
+    Tensor::from_slice(dtype, &shape, &out)
+}
+
+/// x · wᵀ in f64 for rows of k, and the same sums of magnitudes.
+pub fn exact_product(x: &[f32], w: &[f32], k: usize) -> Vec<(f64, f64)> {
+    let dot = |x: &[f32], w: &[f32]| {
+        let terms = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w));
+        terms.fold((0.0, 0.0), |(sum, size), v| (sum + v, size + v.abs()))
+    };
+    let row = |x| w.chunks_exact(k).map(move |w| dot(x, w));
+    x.chunks_exact(k).flat_map(row).collect()
 }
 
 /// The same parts at other addresses.
