@@ -1,88 +1,137 @@
-# A synthetic sharded checkpoint, compressed by a job, while a normal process
-# ticks every millisecond and the runtime watches for long schedules:
+# A synthetic sharded checkpoint, compressed by a job to one format after the other,
+# while a normal process ticks every millisecond and the runtime watches for long
+# schedules:
 #
-#     mix run bench/large_checkpoint.exs [--gigabytes 4] [--format nf4] [--memory-limit 512MB]
+#     mix run bench/large_checkpoint.exs [--gigabytes 2] [--dtype bf16] [--memory-limit 512MB]
+#         [--format int8 --format q4_0 --format nf4 --format q4_k]
 #
-# Prints peak resident memory (mapped pages included), how busy the cores were,
-# how late the ticker ever was, and every NIF that held a scheduler over 5 ms.
+# The defaults are the checkpoint of 2.02 GB and 35 tensors in bf16, five layers of
+# LLaMA-7B's shapes. A format is the recipe of that name where there is one.
+#
+# For each it prints, side by side with what the disk and a reader took in the same
+# minute: wall and CPU seconds, what of the wall came after the last tensor (syncing
+# and publishing), peak resident memory (mapped pages included), how late the ticker
+# ever was, and how many NIFs held a scheduler over 5 ms.
+
+Code.require_file("../test/support/ticker.ex", __DIR__)
+Code.require_file("../test/support/os_process.ex", __DIR__)
 
 defmodule LargeCheckpoint do
-  alias VivaTensor.{Job, Report}
+  alias VivaTensor.{CLI, Job, Recipe, Report, Table, Telemetry, Tensor}
+  alias VivaTensor.Test.{OSProcess, Ticker}
 
   @hidden 4096
   @ffn 11_008
+  @formats ~w(int8 q4_0 nf4 q4_k)
+  @piece 4 * 1024 * 1024
+  @draws 1_000_000
 
   def run(argv) do
     {options, [], []} =
       OptionParser.parse(argv,
-        strict: [gigabytes: :integer, format: :string, memory_limit: :string]
+        strict: [gigabytes: :integer, dtype: :string, format: :keep, memory_limit: :string]
       )
 
+    formats = with [] <- Keyword.get_values(options, :format), do: @formats
+    limit = Keyword.get(options, :memory_limit, "512MB")
     directory = Path.join(System.tmp_dir!(), "viva_tensor_large_#{System.pid()}")
 
     try do
       source = Path.join(directory, "source")
       # In a process of its own, whose memory goes with it.
-      gigabytes = Keyword.get(options, :gigabytes, 4)
-      Task.await(Task.async(fn -> write(source, gigabytes * 1_000_000_000) end), :infinity)
-      measure(source, Path.join(directory, "target"), options)
+      Task.await(Task.async(fn -> write(source, options) end), :infinity)
+      # Modules are loaded, as mix does at their first use, before anything is timed.
+      {:ok, _} = job("examples/models/viva-tiny", directory, hd(formats), limit)
+      {_, idle} = Ticker.beside(fn -> Process.sleep(3000) end)
+      rows = for format <- formats, do: measure(source, directory, format, limit)
+      IO.puts("memory limit #{limit}; latest tick with no job #{ms(idle)} ms late\n")
+      IO.write(table(rows))
     after
       File.rm_rf!(directory)
     end
   end
 
-  defp measure(source, target, options) do
-    # Writing the source back to disk is not what is measured, nor is loading
-    # modules, which mix does at their first use.
+  defp measure(source, directory, format, limit) do
+    # Writing the source back to disk is not what is measured.
     {_, 0} = System.cmd("sync", [])
-    {:ok, _} = job("examples/models/viva-tiny", target <> "_first", options)
-    {_, idle} = ticks_during(fn -> Process.sleep(3000) end)
-    reset_peak()
+    read = seconds(fn -> read(source) end)
+    OSProcess.reset_peak()
     :erlang.system_monitor(self(), [{:long_schedule, 5}])
-    {cpu, wall} = {cpu_seconds(), System.monotonic_time(:microsecond)}
+    last_unit = :atomics.new(1, [])
+    :ok = Telemetry.attach(__MODULE__, [[:viva_tensor, :unit, :stop]], &stamp/4, last_unit)
+    {cpu, start} = {OSProcess.cpu_seconds(), now()}
 
-    {{:ok, report}, latest} = ticks_during(fn -> job(source, target, options) end)
-    seconds = (System.monotonic_time(:microsecond) - wall) / 1.0e6
-    busy = (cpu_seconds() - cpu) / seconds / System.schedulers_online()
+    {{:ok, report}, latest} = Ticker.beside(fn -> job(source, directory, format, limit) end)
+    stop = now()
 
+    row = %{
+      format: format,
+      wall: (stop - start) / 1.0e6,
+      after_units: (stop - :atomics.get(last_unit, 1)) / 1.0e6,
+      cpu: OSProcess.cpu_seconds() - cpu,
+      peak_mb: OSProcess.status("VmHWM") / 1000,
+      latest: latest,
+      long_schedules: length(long_schedules([]))
+    }
+
+    :ok = Telemetry.detach(__MODULE__)
+    :erlang.system_monitor(:undefined)
     IO.puts(Report.table(report))
-    IO.puts("wall                #{Float.round(seconds, 2)} s")
-    IO.puts("peak resident       #{Float.round(peak_kb() / 1000, 1)} MB")
-    IO.puts("cores busy          #{round(busy * 100)} %")
-    IO.puts("latest tick         #{ms(latest)} ms late (#{ms(idle)} ms with no job)")
-    IO.puts("long schedules      #{length(long_schedules([]))}")
+    File.rm_rf!(report.target)
+    {_, 0} = System.cmd("sync", [])
+    written = seconds(fn -> write_synced(Path.join(directory, "probe"), report.output_bytes) end)
+    Map.merge(row, %{read: read, written: written})
   end
 
-  defp job(source, target, options) do
+  defp table(rows) do
+    columns =
+      for title <- [
+            "wall s",
+            "CPU s",
+            "after units s",
+            "read s",
+            "write + fsync s",
+            "wall / both",
+            "peak MB",
+            "late ms",
+            "long schedules"
+          ],
+          do: {title, :right}
+
+    rows =
+      for row <- rows do
+        seconds = [row.wall, row.cpu, row.after_units, row.read, row.written]
+        ratio = row.wall / (row.read + row.written)
+
+        [row.format | Enum.map(seconds, &Float.round(&1, 2))] ++
+          [Float.round(ratio, 2), round(row.peak_mb), ms(row.latest), row.long_schedules]
+      end
+
+    Table.text([{"format", :left} | columns], rows)
+  end
+
+  defp job(source, directory, format, limit) do
     {:ok, job} =
       Job.start(
         source: source,
-        to: target,
-        format: String.to_atom(Keyword.get(options, :format, "nf4")),
-        memory_limit: Keyword.get(options, :memory_limit, "512MB")
+        to: Path.join(directory, "#{Path.basename(source)}-#{format}"),
+        recipe: recipe(format),
+        memory_limit: limit
       )
 
     Job.await(job, :infinity)
   end
 
-  # Runs `work` beside a process that ticks every millisecond; how late, in
-  # microseconds, the latest tick was.
-  defp ticks_during(work) do
-    ticker = spawn_link(fn -> tick(System.monotonic_time(:microsecond), 0) end)
-    result = work.()
-    send(ticker, {:stop, self()})
-    {result, receive(do: ({:latest, latest} -> latest))}
+  defp recipe(format) do
+    name = String.to_atom(format)
+
+    {:ok, recipe} = with {:error, _} <- Recipe.new(name, []), do: Recipe.new(format: name)
+    recipe
   end
 
-  defp tick(previous, latest) do
-    receive do
-      {:stop, to} -> send(to, {:latest, latest})
-    after
-      1 ->
-        now = System.monotonic_time(:microsecond)
-        tick(now, max(latest, now - previous - 1000))
-    end
-  end
+  defp stamp(_event, _measurements, _metadata, last), do: :atomics.put(last, 1, now())
+
+  defp now, do: System.monotonic_time(:microsecond)
 
   defp ms(microseconds), do: Float.round(microseconds / 1000, 1)
 
@@ -96,22 +145,33 @@ defmodule LargeCheckpoint do
     end
   end
 
-  defp reset_peak, do: File.write!("/proc/self/clear_refs", "5")
+  # What the machine takes at least
 
-  defp peak_kb do
-    [_, kb] = Regex.run(~r/VmHWM:\s+(\d+) kB/, File.read!("/proc/self/status"))
-    String.to_integer(kb)
+  defp seconds(work), do: (work |> :timer.tc() |> elem(0)) / 1.0e6
+
+  # On one thread, out of the page cache if it is there.
+  defp read(directory) do
+    for path <- Path.wildcard(Path.join(directory, "*.safetensors")) do
+      path |> File.stream!([], @piece) |> Stream.run()
+    end
   end
 
-  defp cpu_seconds do
-    # User and system time, in hundredths of a second, after the command's name.
-    fields = File.read!("/proc/self/stat") |> String.split(") ") |> List.last() |> String.split()
-    (String.to_integer(Enum.at(fields, 11)) + String.to_integer(Enum.at(fields, 12))) / 100
+  defp write_synced(path, bytes) do
+    File.open!(path, [:write, :raw, :binary], fn file ->
+      fill(file, :binary.copy(<<1>>, @piece), bytes)
+      :ok = :file.sync(file)
+    end)
+
+    File.rm!(path)
   end
 
-  # Layers of LLaMA-7B's shapes, f32, one a shard.
-  defp write(directory, bytes) do
+  # The source: layers of LLaMA-7B's shapes, one a shard.
+
+  defp write(directory, options) do
     File.mkdir_p!(directory)
+    dtype = Keyword.get(options, :dtype, "bf16")
+    noise = noise(dtype)
+    size = div(byte_size(noise), @draws)
 
     linear =
       [{"self_attn.q_proj", @hidden, @hidden}, {"self_attn.k_proj", @hidden, @hidden}] ++
@@ -119,37 +179,50 @@ defmodule LargeCheckpoint do
         [{"mlp.gate_proj", @ffn, @hidden}, {"mlp.up_proj", @ffn, @hidden}] ++
         [{"mlp.down_proj", @hidden, @ffn}]
 
-    layer = Enum.sum(for {_, n, k} <- linear, do: n * k * 4)
-    layers = div(bytes + layer - 1, layer)
-    noise = noise()
+    layer = Enum.sum(for {_, n, k} <- linear, do: n * k * size)
+    layers = div(Keyword.get(options, :gigabytes, 2) * 1_000_000_000 + layer - 1, layer)
 
     map =
       for i <- 1..layers, reduce: %{} do
         map ->
           file = "model-#{pad(i)}-of-#{pad(layers)}.safetensors"
-          names = for {name, n, k} <- linear, do: {"model.layers.#{i - 1}.#{name}.weight", n, k}
-          shard(Path.join(directory, file), names, noise)
-          for {name, _, _} <- names, into: map, do: {name, file}
+
+          tensors =
+            for {name, n, k} <- linear,
+                do: {"model.layers.#{i - 1}.#{name}.weight", [n, k], n * k * size}
+
+          shard(Path.join(directory, file), String.upcase(dtype), tensors, noise)
+          for {name, _, _} <- tensors, into: map, do: {name, file}
       end
 
     {:ok, index} = VivaTensor.Native.json_encode(%{metadata: %{}, weight_map: map}, true)
     File.write!(Path.join(directory, "model.safetensors.index.json"), index)
   end
 
-  defp shard(path, tensors, noise) do
+  defp shard(path, dtype, tensors, noise) do
     {entries, _} =
-      Enum.map_reduce(tensors, 0, fn {name, n, k}, at ->
-        size = n * k * 4
-        {{name, %{dtype: "F32", shape: [n, k], data_offsets: [at, at + size]}}, at + size}
+      Enum.map_reduce(tensors, 0, fn {name, shape, size}, at ->
+        {{name, %{dtype: dtype, shape: shape, data_offsets: [at, at + size]}}, at + size}
       end)
 
     {:ok, header} = VivaTensor.Native.json_encode(Map.new(entries), false)
 
     File.open!(path, [:write, :raw, :binary], fn file ->
       :ok = :file.write(file, [<<byte_size(header)::64-little>>, header])
-      for {_, n, k} <- tensors, do: fill(file, noise, n * k * 4)
+      for {_, _, size} <- tensors, do: fill(file, noise, size)
     end)
   end
+
+  # Repeated: quantizing takes as long as on any other.
+  defp noise(dtype) do
+    [@draws]
+    |> CLI.Quality.draws()
+    |> Tensor.from_binary!(:f32, [@draws])
+    |> Tensor.cast!(String.to_atom(dtype))
+    |> Tensor.to_binary!()
+  end
+
+  defp pad(i), do: String.pad_leading(to_string(i), 5, "0")
 
   defp fill(_file, _noise, 0), do: :ok
 
@@ -158,14 +231,6 @@ defmodule LargeCheckpoint do
     :ok = :file.write(file, binary_part(noise, 0, size))
     fill(file, noise, left - size)
   end
-
-  # 4 MB of normal draws, repeated: quantizing takes as long as on any other.
-  defp noise do
-    :rand.seed(:exsss, 1)
-    for _ <- 1..1_000_000, into: <<>>, do: <<:rand.normal() * 0.02::float-32-little>>
-  end
-
-  defp pad(i), do: String.pad_leading(to_string(i), 5, "0")
 end
 
 LargeCheckpoint.run(System.argv())

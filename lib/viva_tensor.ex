@@ -273,14 +273,20 @@ defmodule VivaTensor do
 
   def matmul(%Tensor{ref: x, dtype: dtype}, %Quantized{ref: q}, options) do
     with {:ok, [dtype, compute]} <- take(:matmul, options, dtype: dtype, compute: :f32) do
-      x |> Native.matmul(q, dtype, compute) |> Tensor.wrap(:matmul)
+      with {:ok, nil} <- Native.matmul_small(x, q, dtype, compute) do
+        Native.matmul(x, q, dtype, compute)
+      end
+      |> Tensor.wrap(:matmul)
     end
   end
 
   def matmul(%Tensor{ref: x, dtype: dtype}, %Packed{ref: packed}, options) do
     with {:ok, [dtype, compute]} <- take(:matmul, options, dtype: dtype, compute: :int8),
          :ok <- only_int8(:matmul, compute) do
-      x |> Native.matmul_packed(packed, dtype) |> Tensor.wrap(:matmul)
+      with {:ok, nil} <- Native.matmul_packed_small(x, packed, dtype) do
+        Native.matmul_packed(x, packed, dtype)
+      end
+      |> Tensor.wrap(:matmul)
     end
   end
 

@@ -7,6 +7,7 @@ mod conversion;
 mod error;
 mod job;
 mod json;
+mod product;
 mod quantized;
 mod resource;
 mod system;

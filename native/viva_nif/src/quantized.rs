@@ -2,9 +2,7 @@
 
 use rustler::{Atom, Binary, Encoder, Env, OwnedBinary, Term};
 use viva_core::ops::metrics::DB_PER_BIT;
-use viva_core::ops::{
-    Cancel, dequantize, dump, int8, matmul, metrics, output_error, packed, quantize,
-};
+use viva_core::ops::{Cancel, dequantize, dump, metrics, output_error, packed, quantize};
 use viva_core::{format, layout};
 
 use crate::error::Outcome;
@@ -36,23 +34,6 @@ fn dequantize_nif<'a>(env: Env<'a>, q: QuantizedRef, dtype: Name) -> Outcome<Ter
     Ok(terms::tensor(env, tensor))
 }
 
-#[rustler::nif(name = "matmul", schedule = "DirtyCpu")]
-fn matmul_nif<'a>(
-    env: Env<'a>,
-    x: TensorRef,
-    q: QuantizedRef,
-    dtype: Name,
-    compute: Name,
-) -> Outcome<Term<'a>> {
-    let multiply = matmul::by_name(&compute.0)?;
-    let (x, q, dtype) = (x.0.get()?, q.0.get()?, dtype.dtype()?);
-    let shape = matmul::matmul_shape(&x, &q.shape)?;
-    let y = tensor_from_binary(env, dtype, shape, |out| {
-        multiply(&x, &q, dtype, out, &Cancel::new())
-    })?;
-    Ok(terms::tensor(env, y))
-}
-
 #[rustler::nif(schedule = "DirtyCpu")]
 fn prepack<'a>(env: Env<'a>, q: QuantizedRef) -> Outcome<Term<'a>> {
     let packed = packed::pack(&*q.0.get()?, &Cancel::new())?;
@@ -66,21 +47,6 @@ fn prepack<'a>(env: Env<'a>, q: QuantizedRef) -> Outcome<Term<'a>> {
     let mut all = vec![("ref", resource.encode(env))];
     all.extend(fields);
     Ok(terms::map(env, &all))
-}
-
-#[rustler::nif(schedule = "DirtyCpu")]
-fn matmul_packed<'a>(
-    env: Env<'a>,
-    x: TensorRef,
-    packed: PackedRef,
-    dtype: Name,
-) -> Outcome<Term<'a>> {
-    let (x, packed, dtype) = (x.0.get()?, packed.0.get()?, dtype.dtype()?);
-    let shape = matmul::matmul_shape(&x, packed.shape())?;
-    let y = tensor_from_binary(env, dtype, shape, |out| {
-        int8::matmul_packed(&x, &packed, dtype, out, &Cancel::new())
-    })?;
-    Ok(terms::tensor(env, y))
 }
 
 #[rustler::nif]

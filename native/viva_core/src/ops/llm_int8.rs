@@ -6,10 +6,9 @@
 //! rounded to f16, then to 8 bits by its largest magnitude, and its dot products
 //! with the codes are integers.
 
-use rayon::prelude::*;
-
 use super::matmul::{activations, check, write_rows};
-use super::{CHUNK, Cancel, pool};
+use super::pool::Threads;
+use super::{CHUNK, Cancel};
 use crate::error::{Error, Result};
 use crate::format::{Granularity, Quantized, Scale};
 use crate::simd::dispatch;
@@ -55,34 +54,32 @@ pub fn matmul_into(
     let mut scales = q.part("scales")?.to_f32_vec();
     scales.iter_mut().for_each(|s| *s *= absmax);
     let codes: &[i8] = bytemuck::cast_slice(q.part("codes")?.bytes());
-    pool::run(|| {
+    let threads = Threads::for_products(x.len() / k, (n, k));
+    threads.run(|| {
         let a = Activations::split(x, k);
         let m = a.scales.len();
         let rows = (4 * CHUNK / k).clamp(1, 64);
         let mut columns = vec![0f32; n * m];
-        columns
-            .par_chunks_mut(rows * m)
-            .enumerate()
-            .try_for_each_init(Vec::new, |dots, (t, out)| {
-                cancel.check()?;
-                let first = t * rows;
-                for (j, out) in out.chunks_mut(m).enumerate() {
-                    let row = first + j;
-                    let weights = &codes[row * k..(row + 1) * k];
-                    dots.resize(m, 0i32);
-                    dispatch(DotInts {
-                        x: &a.codes,
-                        w: weights,
-                        out: dots,
-                    });
-                    for (i, out) in out.iter_mut().enumerate() {
-                        let whole = dots[i] as f32 * (a.scales[i] * scales[row]) * PER_SQUARE;
-                        *out = whole + a.outliers(i, weights, scales[row]);
-                    }
+        let work = |dots: &mut Vec<i32>, t: usize, out: &mut [f32]| {
+            let first = t * rows;
+            for (j, out) in out.chunks_mut(m).enumerate() {
+                let row = first + j;
+                let weights = &codes[row * k..(row + 1) * k];
+                dots.resize(m, 0i32);
+                dispatch(DotInts {
+                    x: &a.codes,
+                    w: weights,
+                    out: dots,
+                });
+                for (i, out) in out.iter_mut().enumerate() {
+                    let whole = dots[i] as f32 * (a.scales[i] * scales[row]) * PER_SQUARE;
+                    *out = whole + a.outliers(i, weights, scales[row]);
                 }
-                Ok(())
-            })?;
-        write_rows(&columns, n, m, dtype, out)
+            }
+            Ok(())
+        };
+        threads.chunks(&mut columns, rows * m, cancel, Vec::new, work)?;
+        write_rows(&columns, (n, m), dtype, out, threads, cancel)
     })
 }
 

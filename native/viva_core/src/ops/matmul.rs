@@ -14,10 +14,9 @@
 //! below 2⁻¹²⁶ count as zeros, is the level's. Fewer than [`BATCH`] rows, where
 //! rounding saves nothing, have the results of `compute: :f32`.
 
-use rayon::prelude::*;
-
 use super::batch::{self, Words};
-use super::{CHUNK, Cancel, pool};
+use super::pool::{self, Threads};
+use super::{CHUNK, Cancel};
 use crate::error::{Error, Result};
 use crate::format::{Decode, Input, Quantized};
 use crate::method::input;
@@ -28,6 +27,26 @@ use crate::tensor::{DType, Tensor, element_count, narrow};
 
 /// Rows of x from which on panels pay for the packing.
 pub const BATCH: usize = NARROW;
+
+/// Products of numbers that one thread is done with before others would have begun,
+/// whatever the arithmetic: some 0.1 ms where weights are decoded slowest.
+const SMALL: usize = 1 << 17;
+
+/// What part of the work that the calling thread does alone a product of this shape
+/// is, over rows of k; none where it needs the pool.
+pub fn part_of_small(shape: &[usize], k: usize) -> Option<f32> {
+    let (n, rest) = shape.split_last()?;
+    let m: usize = rest.iter().product();
+    let products = m.saturating_mul(*n).saturating_mul(k.max(1));
+    (m < BATCH && products <= SMALL).then_some(products as f32 / SMALL as f32)
+}
+
+impl Threads {
+    /// For m rows of x and a matrix `[n, k]`.
+    pub(super) fn for_products(m: usize, (n, k): (usize, usize)) -> Threads {
+        part_of_small(&[m, n], k).map_or(Threads::Pool, |_| Threads::Caller)
+    }
+}
 
 /// A way to compute `x · qᵀ` into a buffer.
 pub type Matmul = fn(&Tensor, &Quantized, DType, &mut [u8], &Cancel) -> Result<()>;
@@ -124,13 +143,15 @@ fn multiply(
     let (n, k) = (q.shape[0], q.shape[1]);
     let m = x.len() / k;
     let decoder = q.spec.format()?.decoder(q)?;
-    pool::run(|| {
-        if m < BATCH {
-            let columns = dot_products(x, &*decoder, (n, k), cancel)?;
-            write_rows(&columns, n, m, dtype, out)
-        } else {
+    if m >= BATCH {
+        return pool::run(|| {
             batch::multiply(x, &*decoder, (n, k), words, cancel)?.write(dtype, out)
-        }
+        });
+    }
+    let threads = Threads::for_products(m, (n, k));
+    threads.run(|| {
+        let columns = dot_products(x, &*decoder, (n, k), threads, cancel)?;
+        write_rows(&columns, (n, m), dtype, out, threads, cancel)
     })
 }
 
@@ -139,6 +160,7 @@ fn dot_products(
     x: &[f32],
     decoder: &dyn Decode,
     (n, k): (usize, usize),
+    threads: Threads,
     cancel: &Cancel,
 ) -> Result<Vec<f32>> {
     let m = x.len() / k;
@@ -146,16 +168,13 @@ fn dot_products(
     // prefetchers start anew with each.
     let rows = (4 * CHUNK / k).clamp(1, 16) * ROWS;
     let mut columns = vec![0f32; n * m];
-    columns
-        .par_chunks_mut(rows * m)
-        .enumerate()
-        .try_for_each_init(Vec::new, |tile, (t, out)| {
-            cancel.check()?;
-            tile.resize(out.len() / m * k, 0f32);
-            decoder.decode(t * rows * k, tile);
-            dispatch(DotRows { k, x, w: tile, out });
-            Ok(())
-        })?;
+    let work = |tile: &mut Vec<f32>, t: usize, out: &mut [f32]| {
+        tile.resize(out.len() / m * k, 0f32);
+        decoder.decode(t * rows * k, tile);
+        dispatch(DotRows { k, x, w: tile, out });
+        Ok(())
+    };
+    threads.chunks(&mut columns, rows * m, cancel, Vec::new, work)?;
     Ok(columns)
 }
 
@@ -204,19 +223,19 @@ pub(super) fn check(x: &Tensor, q: &Quantized, dtype: DType, out: &[u8]) -> Resu
 /// Writes n columns of m sums each as m rows of `dtype`.
 pub(super) fn write_rows(
     columns: &[f32],
-    n: usize,
-    m: usize,
+    (n, m): (usize, usize),
     dtype: DType,
     out: &mut [u8],
+    threads: Threads,
+    cancel: &Cancel,
 ) -> Result<()> {
     if m == 1 {
         return narrow(dtype, columns, out);
     }
-    out.par_chunks_mut(n * dtype.size())
-        .enumerate()
-        .try_for_each_init(Vec::new, |row, (i, out)| {
-            row.clear();
-            row.extend((0..n).map(|j| columns[j * m + i]));
-            narrow(dtype, row, out)
-        })
+    let work = |row: &mut Vec<f32>, i: usize, out: &mut [u8]| {
+        row.clear();
+        row.extend((0..n).map(|j| columns[j * m + i]));
+        narrow(dtype, row, out)
+    };
+    threads.chunks(out, n * dtype.size(), cancel, Vec::new, work)
 }

@@ -2,8 +2,10 @@
 
 use std::sync::{Arc, LazyLock, RwLock};
 
+use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use super::Cancel;
 use crate::error::{Error, Result};
 
 static POOL: LazyLock<RwLock<Option<Arc<ThreadPool>>>> = LazyLock::new(|| RwLock::new(None));
@@ -97,4 +99,53 @@ pub fn threads() -> Result<usize> {
 /// Runs `f` inside the pool; rayon's iterators in it use the pool's threads.
 pub fn run<R: Send>(f: impl FnOnce() -> Result<R> + Send) -> Result<R> {
     pool()?.install(f)
+}
+
+/// Who works on the chunks of an operation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Threads {
+    /// Those of the pool.
+    Pool,
+    /// The calling one alone: it is done before others would have begun.
+    Caller,
+}
+
+impl Threads {
+    /// Runs `f` where these are.
+    pub fn run<R: Send>(self, f: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+        match self {
+            Threads::Pool => run(f),
+            Threads::Caller => f(),
+        }
+    }
+
+    /// Calls `work` with the index and the elements of every chunk, and with what
+    /// `room` makes once for many of them. Call it inside [`Threads::run`].
+    ///
+    /// # Errors
+    /// Those of `work`; `Cancelled`, which the caller alone is too quick for.
+    pub fn chunks<T: Send, S>(
+        self,
+        out: &mut [T],
+        size: usize,
+        cancel: &Cancel,
+        room: impl Fn() -> S + Sync + Send,
+        work: impl Fn(&mut S, usize, &mut [T]) -> Result<()> + Sync + Send,
+    ) -> Result<()> {
+        match self {
+            Threads::Pool => {
+                out.par_chunks_mut(size)
+                    .enumerate()
+                    .try_for_each_init(room, |room, (i, chunk)| {
+                        cancel.check()?;
+                        work(room, i, chunk)
+                    })
+            }
+            Threads::Caller => {
+                let mut room = room();
+                let mut chunks = out.chunks_mut(size).enumerate();
+                chunks.try_for_each(|(i, chunk)| work(&mut room, i, chunk))
+            }
+        }
+    }
 }
