@@ -50,6 +50,7 @@ defmodule ProductCost do
         dtype: "f32",
         rows: side,
         m: 1,
+        copies: 1,
         budget: @seconds
       }
 

@@ -48,6 +48,19 @@ def serve(formats, wrap):
         print(json.dumps(answer), file=answers, flush=True)
 
 
+class Unquantized:
+    """Weights as they are."""
+
+    def quantize(self, w):
+        return w
+
+    def values(self, w):
+        return w
+
+    def nbytes(self, w):
+        return w.nbytes
+
+
 class Program:
     """The data, and what earlier requests made of it."""
 

@@ -6,7 +6,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import _pybind_state as native
 
-from peer import THREADS, serve
+from peer import THREADS, Unquantized, serve
 
 
 def session(node, weights):
@@ -126,16 +126,7 @@ class Int8(Format):
         return session(node, {"codes": numpy.ascontiguousarray(q[0].T), "scales": q[1]})
 
 
-class Floats(Format):
-    def quantize(self, w):
-        return w
-
-    def values(self, w):
-        return w
-
-    def nbytes(self, w):
-        return w.nbytes
-
+class Floats(Unquantized, Format):
     def layer(self, w):
         node = helper.make_node("MatMul", ["x", "w"], ["y"])
         return session(node, {"w": numpy.ascontiguousarray(w.T)})

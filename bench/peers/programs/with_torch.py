@@ -3,7 +3,7 @@ int4 kernel that torchao calls on CPUs (tinygemm)."""
 
 import torch
 
-from peer import THREADS, serve
+from peer import THREADS, Unquantized, serve
 
 torch.set_num_threads(THREADS)
 torch.set_grad_enabled(False)
@@ -11,18 +11,9 @@ torch.set_grad_enabled(False)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Floats:
+class Floats(Unquantized):
     def __init__(self, dtype):
         self.dtype, self.quantizes = DTYPES[dtype], dtype
-
-    def quantize(self, w):
-        return w
-
-    def values(self, w):
-        return w
-
-    def nbytes(self, w):
-        return w.nbytes
 
     def layer(self, w):
         return lambda x: torch.nn.functional.linear(x, w)

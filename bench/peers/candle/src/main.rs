@@ -18,7 +18,8 @@ use candle_core::{Device, Module, Tensor};
 use serde_json::{Value, json};
 
 use requests::{
-    CHECKED, PAST_CACHES, Result, checked, number, product, read, relative, serve, text, timed,
+    CHECKED, Data, PAST_CACHES, Result, checked, copies, number, product, relative, serve, text,
+    timed,
 };
 
 fn main() -> Result<()> {
@@ -27,9 +28,7 @@ fn main() -> Result<()> {
         return Err("candle_peer COLUMNS WEIGHT ACTIVATIONS".into());
     };
     let mut candle = Candle {
-        columns: columns.parse()?,
-        weight: read(weight)?,
-        activations: read(activations)?,
+        data: Data::read(columns, weight, activations)?,
         quantized: HashMap::new(),
     };
     serve(|request| candle.answer(request))
@@ -37,9 +36,7 @@ fn main() -> Result<()> {
 
 /// The data, and what earlier requests quantized of it.
 struct Candle {
-    columns: usize,
-    weight: Vec<f32>,
-    activations: Vec<f32>,
+    data: Data,
     quantized: HashMap<(String, usize), Arc<QTensor>>,
 }
 
@@ -53,7 +50,7 @@ impl Candle {
             "q6_k" => GgmlDType::Q6K,
             _ => return Err(format!("no format {name:?}").into()),
         };
-        let (n, k) = (number(request, "rows")?, self.columns);
+        let (n, k) = (number(request, "rows")?, self.data.columns);
         match text(request, "op")? {
             "quantize" => {
                 let w = self.rows(n)?;
@@ -81,13 +78,9 @@ impl Candle {
     fn matmul(&self, request: &Value, q: &QTensor) -> Result<Value> {
         let (n, k) = q.shape().dims2()?;
         let m = number(request, "m")?;
-        let x = self
-            .activations
-            .get(..m * k)
-            .ok_or("more rows than activations")?;
-        let x = Tensor::from_slice(x, (m, k), &Device::Cpu)?;
+        let x = Tensor::from_slice(self.data.tokens(m)?, (m, k), &Device::Cpu)?;
         let bytes = q.storage_size_in_bytes();
-        let copies = (0..PAST_CACHES.div_ceil(bytes)).map(|_| {
+        let copies = (0..copies(request, bytes, PAST_CACHES)).map(|_| {
             let data = Cow::Owned(q.data()?.into_owned());
             let storage = QStorage::from_data(data, &Device::Cpu, q.dtype())?;
             Ok(QMatMul::from_qtensor(QTensor::new(storage, (n, k))?)?)
@@ -102,7 +95,7 @@ impl Candle {
                 .dequantize(&Device::Cpu)?
                 .flatten_all()?
                 .to_vec1::<f32>()?;
-            let exact = product(&self.activations[..rows * k], &w, k);
+            let exact = product(self.data.tokens(rows)?, &w, k);
             let y = multiply()?
                 .ok_or("no weights")?
                 .flatten_all()?
@@ -116,16 +109,9 @@ impl Candle {
         Ok(json!({"seconds": seconds, "work": work, "unit": unit, "error": error}))
     }
 
-    /// As many rows of the weight as asked for, over and over.
     fn rows(&self, n: usize) -> Result<Tensor> {
-        let values: Vec<f32> = self
-            .weight
-            .iter()
-            .copied()
-            .cycle()
-            .take(n * self.columns)
-            .collect();
-        Ok(Tensor::from_vec(values, (n, self.columns), &Device::Cpu)?)
+        let shape = (n, self.data.columns);
+        Ok(Tensor::from_vec(self.data.rows(n), shape, &Device::Cpu)?)
     }
 
     fn quantized(&mut self, name: &str, dtype: GgmlDType, n: usize) -> Result<Arc<QTensor>> {

@@ -26,7 +26,8 @@ use viva_core::ops::{Cancel, int8, limits, matmul, pool};
 use viva_core::tensor::{DType, Tensor};
 
 use requests::{
-    CHECKED, PAST_CACHES, Result, checked, number, product, read, relative, serve, text, timed,
+    CHECKED, Data, PAST_CACHES, Result, checked, copies, number, product, relative, serve, text,
+    timed,
 };
 
 /// Multiplies with one copy of the weights.
@@ -38,30 +39,21 @@ fn main() -> Result<()> {
         return Err("ops THREADS COLUMNS WEIGHT ACTIVATIONS".into());
     };
     pool::configure(threads.parse()?)?;
-    let mut ops = Ops::of(
-        columns.parse()?,
-        read(weight)?,
-        read(activations)?,
-        PAST_CACHES,
-    );
+    let mut ops = Ops::of(Data::read(columns, weight, activations)?, PAST_CACHES);
     serve(|request| ops.answer(request))
 }
 
 /// The data, and what earlier requests quantized of it.
 struct Ops {
-    columns: usize,
-    weight: Vec<f32>,
-    activations: Vec<f32>,
+    data: Data,
     past_caches: usize,
     quantized: HashMap<String, Quantized>,
 }
 
 impl Ops {
-    fn of(columns: usize, weight: Vec<f32>, activations: Vec<f32>, past_caches: usize) -> Ops {
+    fn of(data: Data, past_caches: usize) -> Ops {
         Ops {
-            columns,
-            weight,
-            activations,
+            data,
             past_caches,
             quantized: HashMap::new(),
         }
@@ -116,11 +108,7 @@ impl Ops {
         }
         let (n, k) = (q.shape[0], q.shape[1]);
         let m = number(request, "m")?;
-        let x = self
-            .activations
-            .get(..m * k)
-            .ok_or("more rows than activations")?;
-        let x = &Tensor::from_slice(DType::F32, &[m, k], x)?;
+        let x = &Tensor::from_slice(DType::F32, &[m, k], self.data.tokens(m)?)?;
         let cancel = &Cancel::new();
         let copy = |_| -> Result<Multiply> {
             if packed {
@@ -132,7 +120,7 @@ impl Ops {
             let w = support::copied(&q);
             Ok(Box::new(move |y| multiply(x, &w, DType::F32, y, cancel)))
         };
-        let copies = 0..self.past_caches.div_ceil(q.nbytes());
+        let copies = 0..copies(request, q.nbytes(), self.past_caches);
         let copies = copies.map(copy).collect::<Result<Vec<_>>>()?;
         let mut y = vec![0f32; m * n];
         let mut turn = copies.iter().cycle();
@@ -143,7 +131,7 @@ impl Ops {
         })?;
         let error = checked(request, || {
             let checked = m.min(CHECKED);
-            let exact = product(&self.activations[..checked * k], &dequantize(&q)?, k);
+            let exact = product(self.data.tokens(checked)?, &dequantize(&q)?, k);
             Ok(relative(&exact, &y[..checked * n]))
         })?;
         // One row is bound by memory, several by arithmetic.
@@ -154,18 +142,12 @@ impl Ops {
         Ok(json!({"seconds": seconds, "work": work, "unit": unit, "error": error}))
     }
 
-    /// As many rows of the weight as asked for, over and over.
+    /// As many rows as asked for, as a tensor.
     fn rows(&self, request: &Value) -> Result<Tensor> {
         let n = number(request, "rows")?;
-        let values: Vec<f32> = self
-            .weight
-            .iter()
-            .copied()
-            .cycle()
-            .take(n * self.columns)
-            .collect();
         let dtype = DType::from_name(text(request, "dtype")?)?;
-        Ok(support::float_tensor(dtype, &[n, self.columns], &values))
+        let shape = [n, self.data.columns];
+        Ok(support::float_tensor(dtype, &shape, &self.data.rows(n)))
     }
 
     fn quantized(&mut self, request: &Value) -> Result<Quantized> {
@@ -199,12 +181,12 @@ mod tests {
 
     fn ops() -> Ops {
         let (n, k) = (64, 256);
-        Ops::of(
-            k,
-            support::gaussian(n * k, 1),
-            support::gaussian(9 * k, 2),
-            1 << 16,
-        )
+        let data = Data {
+            columns: k,
+            weight: support::gaussian(n * k, 1),
+            activations: support::gaussian(9 * k, 2),
+        };
+        Ops::of(data, 1 << 16)
     }
 
     #[test]
@@ -219,7 +201,7 @@ mod tests {
             json!({"op": "matmul", "format": "int8", "compute": "llm_int8", "dtype": "f32",
                 "rows": 64, "m": 9}),
             json!({"op": "matmul", "format": "q4_k", "compute": "int8", "packed": true,
-                "dtype": "f32", "rows": 64, "m": 2}),
+                "dtype": "f32", "rows": 64, "m": 2, "copies": 1}),
         ] {
             let answer = ops.answer(&request).unwrap();
             assert!(

@@ -97,8 +97,47 @@ pub fn relative<T: Copy + Into<f64>>(exact: &[T], approximate: &[f32]) -> f64 {
     (off / all).sqrt()
 }
 
-pub fn read(path: &str) -> Result<Vec<f32>> {
+/// What requests are about.
+pub struct Data {
+    pub columns: usize,
+    pub weight: Vec<f32>,
+    pub activations: Vec<f32>,
+}
+
+impl Data {
+    /// From files of rows of f32.
+    pub fn read(columns: &str, weight: &str, activations: &str) -> Result<Data> {
+        Ok(Data {
+            columns: columns.parse()?,
+            weight: read(weight)?,
+            activations: read(activations)?,
+        })
+    }
+
+    /// As many rows of the weight as asked for, over and over.
+    pub fn rows(&self, n: usize) -> Vec<f32> {
+        let weight = self.weight.iter().copied().cycle();
+        weight.take(n * self.columns).collect()
+    }
+
+    /// The activations of so many tokens.
+    pub fn tokens(&self, m: usize) -> Result<&[f32]> {
+        let x = self.activations.get(..m * self.columns);
+        x.ok_or_else(|| "more rows than activations".into())
+    }
+}
+
+fn read(path: &str) -> Result<Vec<f32>> {
     let bytes = std::fs::read(path)?;
     let (values, _) = bytes.as_chunks::<4>();
     Ok(values.iter().map(|b| f32::from_le_bytes(*b)).collect())
+}
+
+/// Copies of weights of so many bytes that calls rotate over: as many as no cache
+/// holds, unless the request says how many.
+pub fn copies(request: &Value, nbytes: usize, past_caches: usize) -> usize {
+    match request["copies"].as_u64() {
+        Some(n) => n as usize,
+        None => past_caches.div_ceil(nbytes),
+    }
 }
