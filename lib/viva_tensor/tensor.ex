@@ -160,7 +160,9 @@ defmodule VivaTensor.Tensor do
 
   @doc false
   def wrap(result, op) do
-    with {:ok, fields} <- Error.wrap(result, op), do: {:ok, struct!(__MODULE__, fields)}
+    with {:ok, %{ref: ref, dtype: dtype, shape: shape}} <- Error.wrap(result, op) do
+      {:ok, %__MODULE__{ref: ref, dtype: dtype, shape: shape}}
+    end
   end
 
   # What no dimension can be would be refused by the NIF without a reason.

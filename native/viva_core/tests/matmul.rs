@@ -13,7 +13,7 @@ use support::{
 };
 use viva_core::format::{Quantized, Spec};
 use viva_core::ops::dequantize::dequantize;
-use viva_core::ops::matmul::{BATCH, matmul_into};
+use viva_core::ops::matmul::{BATCH, matmul_into, part_of_small};
 use viva_core::ops::quantize::quantize;
 use viva_core::ops::{Cancel, pool};
 use viva_core::tensor::{DType, Tensor};
@@ -326,4 +326,17 @@ fn empty_products() {
         matmul_into(&empty(&[2, 0]), &q, DType::F32, &mut out, &Cancel::new()).unwrap();
         assert_eq!(out, [0; 24]);
     }
+}
+
+#[test]
+fn small_products_are_few_and_of_few_rows() {
+    let token = part_of_small(&[256], 256).unwrap();
+    assert!(token > 0.0 && token <= 1.0, "{token}");
+    assert_eq!(part_of_small(&[1, 1, 256], 256), Some(token));
+    assert_eq!(part_of_small(&[2, 128], 256), Some(token));
+    assert_eq!(part_of_small(&[BATCH, 16], 16), None);
+    assert_eq!(part_of_small(&[4096], 4096), None);
+    // Zeros, but many of them.
+    assert_eq!(part_of_small(&[1 << 30], 0), None);
+    assert_eq!(part_of_small(&[4, usize::MAX / 4], 2), None);
 }

@@ -87,18 +87,22 @@ pub fn options<'a>(env: Env<'a>, options: Vec<(&str, OptionValue)>) -> Term<'a> 
     map(env, &pairs)
 }
 
-/// `%{ref, dtype, shape}` of a tensor.
+mod keys {
+    rustler::atoms! { reference = "ref", dtype, shape }
+}
+
+/// `%{ref, dtype, shape}` of a tensor: what small operations return, whose keys are
+/// not looked up each time.
 pub fn tensor(env: Env, tensor: Tensor) -> Term {
-    let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+    let dtype = atom(env, tensor.dtype().name());
+    let shape = tensor.shape().encode(env);
     let resource = TensorRef::new(TensorResource(Slot::new(tensor)));
-    map(
-        env,
-        &[
-            ("ref", resource.encode(env)),
-            ("dtype", atom(env, dtype.name())),
-            ("shape", shape.encode(env)),
-        ],
-    )
+    let fields = [
+        (keys::reference(), resource.encode(env)),
+        (keys::dtype(), dtype),
+        (keys::shape(), shape),
+    ];
+    Term::map_from_pairs(env, &fields).unwrap_or_else(|_| atom(env, "nil"))
 }
 
 /// `%{ref, format, shape, dtype, options, nbytes, bits_per_weight}`.
