@@ -4,7 +4,7 @@ defmodule VivaTensor.CLI.Ops do
   take from Elixir, format by format.
   """
 
-  alias VivaTensor.{CLI, Quantized, Table, Tensor}
+  alias VivaTensor.{CLI, Packed, Quantized, Table, Tensor}
   alias VivaTensor.CLI.Quality
 
   @shape [4096, 4096]
@@ -16,14 +16,16 @@ defmodule VivaTensor.CLI.Ops do
 
   @typedoc """
   A format's rates: GB/s of f32 for `quantize` and `dequantize`, GB/s of codes and
-  scales for one token, GOP/s for more.
+  scales for one token, GOP/s for more. `matmul` is in f32, `packed` in int8 with
+  weights that are packed before, nil for a format that has no such product.
   """
   @type row :: %{
           format: atom,
           bits_per_weight: float,
           quantize: float,
           dequantize: float,
-          matmul: %{pos_integer => float}
+          matmul: %{pos_integer => float},
+          packed: %{pos_integer => float} | nil
         }
 
   @doc """
@@ -63,7 +65,8 @@ defmodule VivaTensor.CLI.Ops do
         bits_per_weight: q.bits_per_weight,
         quantize: rate(floats, quantize, microseconds),
         dequantize: rate(floats, dequantize, microseconds),
-        matmul: Map.new(xs, &{hd(&1.shape), matmul(&1, q, microseconds)})
+        matmul: products(xs, q, loader(q), microseconds),
+        packed: packed(xs, q, microseconds)
       }
 
       Quantized.release(q)
@@ -71,18 +74,41 @@ defmodule VivaTensor.CLI.Ops do
     end
   end
 
-  # One token is bound by memory: its weights rotate over copies.
-  defp matmul(%{shape: [1, _]} = x, q, microseconds) do
-    dump = Quantized.dump!(q)
-    count = min(div(@past_caches, q.nbytes) + 1, microseconds)
-    copies = for _ <- 1..count, do: dump |> :binary.copy() |> Quantized.load!()
-    copies = List.to_tuple(copies)
-    call = fn turn -> VivaTensor.matmul!(x, elem(copies, rem(turn, count))) end
-    rate(q.nbytes, call, microseconds)
+  defp packed(xs, q, microseconds) do
+    case VivaTensor.prepack(q) do
+      {:ok, packed} ->
+        Packed.release(packed)
+        products(xs, q, fn -> VivaTensor.prepack!(q) end, microseconds)
+
+      {:error, _} ->
+        nil
+    end
   end
 
-  defp matmul(%{shape: [m, k]} = x, %{shape: [n, k]} = q, microseconds) do
-    rate(2 * m * n * k, fn _turn -> VivaTensor.matmul!(x, q) end, microseconds)
+  # Makes a copy of the weights at each call.
+  defp loader(q) do
+    dump = Quantized.dump!(q)
+    fn -> dump |> :binary.copy() |> Quantized.load!() end
+  end
+
+  defp products(xs, q, copy, microseconds) do
+    for x <- xs, into: %{}, do: {hd(x.shape), matmul(x, q, copy, microseconds)}
+  end
+
+  # One token is bound by memory: its weights rotate over copies.
+  defp matmul(%{shape: [1, _]} = x, q, copy, microseconds) do
+    count = min(div(@past_caches, q.nbytes) + 1, microseconds)
+    copies = List.to_tuple(for _ <- 1..count, do: copy.())
+    call = fn turn -> VivaTensor.matmul!(x, elem(copies, rem(turn, count))) end
+    rate = rate(q.nbytes, call, microseconds)
+    # Not when they are collected: the next format's come on top.
+    for %kind{} = weights <- Tuple.to_list(copies), do: kind.release(weights)
+    rate
+  end
+
+  defp matmul(%{shape: [m, k]} = x, %{shape: [n, k]}, copy, microseconds) do
+    weights = copy.()
+    rate(2 * m * n * k, fn _turn -> VivaTensor.matmul!(x, weights) end, microseconds)
   end
 
   # Billions a second at the median call; the first does not count.
@@ -103,29 +129,34 @@ defmodule VivaTensor.CLI.Ops do
   end
 
   defp to_map(row) do
-    matmul = for {m, rate} <- row.matmul, into: %{}, do: {"#{m}", rate}
-    %{row | format: "#{row.format}", matmul: matmul}
+    %{row | format: "#{row.format}", matmul: by_text(row.matmul), packed: by_text(row.packed)}
   end
 
+  defp by_text(nil), do: nil
+  defp by_text(rates), do: for({m, rate} <- rates, into: %{}, do: {"#{m}", rate})
+
   defp to_text(rows, shape, cpu) do
+    products = for compute <- ["f32", "int8"], m <- @tokens, do: {"#{compute} m = #{m}", :right}
+
     columns =
       [{"format", :left}, {"bits/w", :right}, {"quantize", :right}, {"dequantize", :right}] ++
-        for m <- @tokens, do: {"m = #{m}", :right}
+        products
 
     rows =
       for row <- rows do
-        products = for m <- @tokens, do: row.matmul[m]
+        products = for rates <- [row.matmul, row.packed], m <- @tokens, do: rates && rates[m]
         rates = for rate <- [row.quantize, row.dequantize | products], do: decimals(rate, 2)
         [row.format, decimals(row.bits_per_weight, 3) | rates]
       end
 
     [
       "#{Enum.join(shape, " x ")} through the NIF, #{cpu.isa}, threads: #{cpu.threads}\n",
-      "GB/s of f32 for quantize and dequantize; x * transposed w in f32 for m rows of x:\n",
-      "GB/s of weights for one, GOP/s for more\n\n",
+      "GB/s of f32 for quantize and dequantize; x * transposed w for m rows of x, in f32,\n",
+      "and in int8 with packed weights: GB/s of weights for one, GOP/s for more\n\n",
       Table.text(columns, rows)
     ]
   end
 
+  defp decimals(nil, _digits), do: nil
   defp decimals(number, digits), do: :erlang.float_to_binary(number / 1, decimals: digits)
 end
