@@ -82,7 +82,8 @@ pub trait Isa: Copy {
     fn lookup_32(self, table: [Self::F; 2], index: Self::U) -> Self::F {
         let half = self.int_to_float(self.and(index, self.splat_u(16)));
         let within = self.and(index, self.splat_u(15));
-        let [low, high] = table.map(|t| self.lookup(t, within));
+        let low = self.lookup(table[0], within);
+        let high = self.lookup(table[1], within);
         self.choose(half, self.splat(8.0), high, low)
     }
 

@@ -5,7 +5,7 @@ use core::arch::x86_64::*;
 
 use super::Op;
 use super::bf16::{Pairs, PairsOp};
-use super::dots::{BYTES, Dots, DotsOp};
+use super::dots::{BYTES, Dots, DotsOp, word};
 use super::token::{intrinsics, token};
 use super::vector::{Isa, LANES};
 
@@ -175,6 +175,17 @@ impl<const VNNI: bool, const BF16: bool> Isa for Avx512With<VNNI, BF16> {
     }
 }
 
+/// An expression of each of the two registers of the vectors that it names. What is in
+/// a closure may be left a function by itself, without the level's instructions.
+macro_rules! each {
+    ($($v:ident),+ => $of:expr) => {
+        [
+            { $(let $v = $v[0];)+ $of },
+            { $(let $v = $v[1];)+ $of },
+        ]
+    };
+}
+
 impl<const VNNI: bool> Isa for Avx2With<VNNI> {
     type F = [__m256; 2];
     type U = [__m256i; 2];
@@ -191,28 +202,28 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
             _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1])
         }
         fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-            [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])]
+            each!(a, b => _mm256_add_ps(a, b))
         }
         fn sub(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-            [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])]
+            each!(a, b => _mm256_sub_ps(a, b))
         }
         fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-            [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])]
+            each!(a, b => _mm256_mul_ps(a, b))
         }
         fn div(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-            [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])]
+            each!(a, b => _mm256_div_ps(a, b))
         }
         fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
-            [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
+            each!(a, b, c => _mm256_fmadd_ps(a, b, c))
         }
         fn fused(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
-            [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
+            each!(a, b, c => _mm256_fmadd_ps(a, b, c))
         }
         fn min(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-            [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])]
+            each!(a, b => _mm256_min_ps(a, b))
         }
         fn max(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-            [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])]
+            each!(a, b => _mm256_max_ps(a, b))
         }
         fn choose(
             self,
@@ -221,44 +232,41 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
             yes: [__m256; 2],
             no: [__m256; 2]
         ) -> [__m256; 2] {
-            [0, 1].map(|i| {
-                let above = _mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i]);
-                _mm256_blendv_ps(no[i], yes[i], above)
-            })
+            each!(a, b, yes, no => _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_GT_OQ>(a, b)))
         }
         fn round_f16(self, v: [__m256; 2]) -> [__m256; 2] {
-            v.map(|v| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)))
+            each!(v => _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)))
         }
-        fn int_to_float(self, v: [__m256i; 2]) -> [__m256; 2] { v.map(|v| _mm256_cvtepi32_ps(v)) }
-        fn float_to_int(self, v: [__m256; 2]) -> [__m256i; 2] { v.map(|v| _mm256_cvtps_epi32(v)) }
+        fn int_to_float(self, v: [__m256i; 2]) -> [__m256; 2] { each!(v => _mm256_cvtepi32_ps(v)) }
+        fn float_to_int(self, v: [__m256; 2]) -> [__m256i; 2] { each!(v => _mm256_cvtps_epi32(v)) }
         fn lookup(self, table: [__m256; 2], index: [__m256i; 2]) -> [__m256; 2] {
-            index.map(|i| {
-                let low = _mm256_permutevar8x32_ps(table[0], i);
-                let high = _mm256_permutevar8x32_ps(table[1], i);
+            each!(index => {
+                let low = _mm256_permutevar8x32_ps(table[0], index);
+                let high = _mm256_permutevar8x32_ps(table[1], index);
                 // Bit 3 of the index, moved to the sign, picks the half.
-                let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(i));
+                let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
                 _mm256_blendv_ps(low, high, upper)
             })
         }
         fn splat_u(self, v: u32) -> [__m256i; 2] { [_mm256_set1_epi32(v as i32); 2] }
-        fn bits(self, v: [__m256; 2]) -> [__m256i; 2] { v.map(|v| _mm256_castps_si256(v)) }
-        fn floats(self, v: [__m256i; 2]) -> [__m256; 2] { v.map(|v| _mm256_castsi256_ps(v)) }
+        fn bits(self, v: [__m256; 2]) -> [__m256i; 2] { each!(v => _mm256_castps_si256(v)) }
+        fn floats(self, v: [__m256i; 2]) -> [__m256; 2] { each!(v => _mm256_castsi256_ps(v)) }
         fn and(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
-            [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])]
+            each!(a, b => _mm256_and_si256(a, b))
         }
         fn add_u(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
-            [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
+            each!(a, b => _mm256_add_epi32(a, b))
         }
         fn sub_u(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
-            [_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])]
+            each!(a, b => _mm256_sub_epi32(a, b))
         }
         fn max_u(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
-            [_mm256_max_epu32(a[0], b[0]), _mm256_max_epu32(a[1], b[1])]
+            each!(a, b => _mm256_max_epu32(a, b))
         }
         fn descend(self, index: [__m256i; 2], a: [__m256; 2], b: [__m256; 2]) -> [__m256i; 2] {
-            std::array::from_fn(|h| {
-                let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a[h], b[h]));
-                _mm256_sub_epi32(_mm256_add_epi32(index[h], index[h]), above)
+            each!(index, a, b => {
+                let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b));
+                _mm256_sub_epi32(_mm256_add_epi32(index, index), above)
             })
         }
         fn load_u8(self, x: &[u8; LANES]) -> [__m256i; 2] {
@@ -285,21 +293,21 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
             _mm256_storeu_si256(out.as_mut_ptr().cast(), v[0]);
             _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), v[1])
         }
-        fn upper_half(self, v: [__m256i; 2]) -> [__m256i; 2] { v.map(|v| _mm256_srli_epi32::<16>(v)) }
+        fn upper_half(self, v: [__m256i; 2]) -> [__m256i; 2] { each!(v => _mm256_srli_epi32::<16>(v)) }
         fn count(self, index: [__m256i; 2], a: [__m256; 2], b: [__m256; 2]) -> [__m256i; 2] {
-            std::array::from_fn(|h| {
-                let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a[h], b[h]));
-                _mm256_sub_epi32(index[h], above)
+            each!(index, a, b => {
+                let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b));
+                _mm256_sub_epi32(index, above)
             })
         }
         fn lookup_32(self, table: [[__m256; 2]; 2], index: [__m256i; 2]) -> [__m256; 2] {
-            index.map(|i| {
+            each!(index => {
                 // Bits 3 and 4 of the index, moved to the sign, pick the quarter.
-                let odd = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(i));
-                let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<27>(i));
-                let [low, high] = table.map(|t| {
-                    let [even_lanes, odd_lanes] = t.map(|t| _mm256_permutevar8x32_ps(t, i));
-                    _mm256_blendv_ps(even_lanes, odd_lanes, odd)
+                let odd = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
+                let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<27>(index));
+                let [low, high] = each!(table => {
+                    let [even, odds] = each!(table => _mm256_permutevar8x32_ps(table, index));
+                    _mm256_blendv_ps(even, odds, odd)
                 });
                 _mm256_blendv_ps(low, high, upper)
             })
@@ -371,7 +379,7 @@ impl<const VNNI: bool, const BF16: bool> Dots for Avx512With<VNNI, BF16> {
             _mm512_shuffle_epi8(table, index)
         }
         fn dot(self, sum: __m512i, w: __m512i, x: [i8; 4]) -> __m512i {
-            let x = _mm512_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8)));
+            let x = _mm512_set1_epi32(word(x) as i32);
             if VNNI {
                 return _mm512_dpbusd_epi32(sum, w, x);
             }
@@ -415,32 +423,29 @@ impl<const VNNI: bool> Dots for Avx2With<VNNI> {
             ]
         }
         fn low_halves(self, v: [__m256i; 2]) -> [__m256i; 2] {
-            v.map(|v| _mm256_and_si256(v, _mm256_set1_epi8(15)))
+            each!(v => _mm256_and_si256(v, _mm256_set1_epi8(15)))
         }
         fn high_halves(self, v: [__m256i; 2]) -> [__m256i; 2] {
-            v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), _mm256_set1_epi8(15)))
+            each!(v => _mm256_and_si256(_mm256_srli_epi16::<4>(v), _mm256_set1_epi8(15)))
         }
         fn load_table(self, table: &[u8; 16]) -> [__m256i; 2] {
             [_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())); 2]
         }
         fn lookup_bytes(self, table: [__m256i; 2], index: [__m256i; 2]) -> [__m256i; 2] {
-            index.map(|index| _mm256_shuffle_epi8(table[0], index))
+            each!(table, index => _mm256_shuffle_epi8(table, index))
         }
         fn dot(self, sum: [__m256i; 2], w: [__m256i; 2], x: [i8; 4]) -> [__m256i; 2] {
-            let x = _mm256_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8)));
+            let x = _mm256_set1_epi32(word(x) as i32);
             if VNNI {
-                return [
-                    _mm256_dpbusd_avx_epi32(sum[0], w[0], x),
-                    _mm256_dpbusd_avx_epi32(sum[1], w[1], x),
-                ];
+                return each!(sum, w => _mm256_dpbusd_avx_epi32(sum, w, x));
             }
             // As AVX-512 does it without an instruction for it.
             let x_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
             let x_odd = _mm256_srai_epi16::<8>(x);
-            [0, 1].map(|h| {
-                let even = _mm256_and_si256(w[h], _mm256_set1_epi16(255));
-                let odd = _mm256_srli_epi16::<8>(w[h]);
-                let sum = _mm256_add_epi32(sum[h], _mm256_madd_epi16(even, x_even));
+            each!(sum, w => {
+                let even = _mm256_and_si256(w, _mm256_set1_epi16(255));
+                let odd = _mm256_srli_epi16::<8>(w);
+                let sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, x_even));
                 _mm256_add_epi32(sum, _mm256_madd_epi16(odd, x_odd))
             })
         }
