@@ -49,8 +49,8 @@ pub trait Dots: Isa {
 /// Four activations as all lanes take them, the first in the low byte.
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 #[inline(always)]
-pub(super) fn word([a, b, c, d]: [i8; 4]) -> u32 {
-    u32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])
+pub(super) fn word(x: [i8; 4]) -> u32 {
+    u32::from_le_bytes(bytemuck::cast(x))
 }
 
 /// A kernel of bytes: see [`Op`](super::Op).
