@@ -17,12 +17,14 @@ Code.require_file("../test/support/ticker.ex", __DIR__)
 Code.require_file("../test/support/os_process.ex", __DIR__)
 
 defmodule LargeCheckpoint do
-  alias VivaTensor.{CLI, Job, Recipe, Report, Table, Telemetry, Tensor}
+  alias VivaTensor.{CLI, Job, Native, Recipe, Table, Telemetry, Tensor}
   alias VivaTensor.Test.{OSProcess, Ticker}
 
   @hidden 4096
   @ffn 11_008
   @formats ~w(int8 q4_0 nf4 q4_k)
+  # Lends its tokenizer, which a GGUF file holds too, and what its config.json says.
+  @model "examples/models/viva-tiny"
   @piece 4 * 1024 * 1024
   @draws 1_000_000
 
@@ -41,7 +43,7 @@ defmodule LargeCheckpoint do
       # In a process of its own, whose memory goes with it.
       Task.await(Task.async(fn -> write(source, options) end), :infinity)
       # Modules are loaded, as mix does at their first use, before anything is timed.
-      {:ok, _} = job("examples/models/viva-tiny", directory, hd(formats), limit)
+      {:ok, _} = job(@model, directory, hd(formats), limit)
       {_, idle} = Ticker.beside(fn -> Process.sleep(3000) end)
       rows = for format <- formats, do: measure(source, directory, format, limit)
       IO.puts("memory limit #{limit}; latest tick with no job #{ms(idle)} ms late\n")
@@ -76,7 +78,6 @@ defmodule LargeCheckpoint do
 
     :ok = Telemetry.detach(__MODULE__)
     :erlang.system_monitor(:undefined)
-    IO.puts(Report.table(report))
     File.rm_rf!(report.target)
     {_, 0} = System.cmd("sync", [])
     written = seconds(fn -> write_synced(Path.join(directory, "probe"), report.output_bytes) end)
@@ -195,8 +196,24 @@ defmodule LargeCheckpoint do
           for {name, _, _} <- tensors, into: map, do: {name, file}
       end
 
-    {:ok, index} = VivaTensor.Native.json_encode(%{metadata: %{}, weight_map: map}, true)
-    File.write!(Path.join(directory, "model.safetensors.index.json"), index)
+    json(directory, "model.safetensors.index.json", %{metadata: %{}, weight_map: map})
+    File.cp!(Path.join(@model, "tokenizer.json"), Path.join(directory, "tokenizer.json"))
+    {:ok, config} = @model |> Path.join("config.json") |> File.read!() |> Native.json_decode()
+
+    json(directory, "config.json", %{
+      config
+      | "hidden_size" => @hidden,
+        "intermediate_size" => @ffn,
+        "num_attention_heads" => 32,
+        "num_key_value_heads" => 32,
+        "head_dim" => 128,
+        "num_hidden_layers" => layers
+    })
+  end
+
+  defp json(directory, name, value) do
+    {:ok, json} = Native.json_encode(value, true)
+    File.write!(Path.join(directory, name), json)
   end
 
   defp shard(path, dtype, tensors, noise) do
@@ -205,7 +222,7 @@ defmodule LargeCheckpoint do
         {{name, %{dtype: dtype, shape: shape, data_offsets: [at, at + size]}}, at + size}
       end)
 
-    {:ok, header} = VivaTensor.Native.json_encode(Map.new(entries), false)
+    {:ok, header} = Native.json_encode(Map.new(entries), false)
 
     File.open!(path, [:write, :raw, :binary], fn file ->
       :ok = :file.write(file, [<<byte_size(header)::64-little>>, header])
