@@ -227,7 +227,12 @@ defmodule VivaTensor do
   @spec dequantize!(Quantized.t(), dtype: Tensor.dtype()) :: Tensor.t()
   def dequantize!(quantized, options \\ []), do: Error.bang!(dequantize(quantized, options))
 
-  @type matmul_options :: [dtype: Tensor.dtype(), compute: :f32 | :bf16 | :int8 | :llm_int8]
+  @type matmul_options :: [
+          dtype: Tensor.dtype(),
+          compute: :f32 | :bf16 | :int8 | :llm_int8 | :auto,
+          bias: Tensor.t() | nil,
+          residual: Tensor.t() | nil
+        ]
 
   @doc """
   x · wᵀ for x `[…, k]` and a quantized w `[n, k]`, straight from the codes; the
@@ -242,7 +247,8 @@ defmodule VivaTensor do
       * `:bf16` - x and weights rounded to bf16, products and sums f32: off by at most
         2⁻⁷ of the sum of the products' magnitudes, about 0.2 % of the result's norm.
         Fewer than eight rows of x are not rounded, as that would save nothing.
-      * `:int8` - the default for a `VivaTensor.Packed`, and the only one: each row of
+      * `:int8` - the default for a `VivaTensor.Packed`, and the only one (`:auto` means
+        it too): each row of
         x is rounded to 8 bits in groups as long as the weights' blocks, by the
         group's largest magnitude; products with the codes and their sums are exact.
         For formats of integers and of tables: `:int8` … `:int2`, `:nf4`, `:fp4`,
@@ -252,6 +258,15 @@ defmodule VivaTensor do
       * `:llm_int8` - for symmetric `:int8` with one scale a row: rows of x in 8 bits
         too, except for the columns in which any element reaches 6, and integer sums;
         the arithmetic of LLM.int8() in bitsandbytes.
+      * `:auto` - `:int8` where the format is one for it and its blocks do not cross
+        rows; else `:bf16` where the machine has instructions for it
+        (`VivaTensor.cpu/0` says `:avx512_bf16`); else `:f32`. Its contract is the
+        loosest of the three.
+    * `bias:` a tensor `[n]` that is added to every row of the result.
+    * `residual:` a tensor of the result's shape that is added to it.
+
+  Bias and residual are added in f32, the bias first, before the result is rounded to
+  its dtype; they may be of any float dtype.
 
       iex> x = VivaTensor.Tensor.from_list!([1, 0, 0, 2], :f32, [2, 2])
       iex> w = VivaTensor.Tensor.from_list!([1, -1, 0, 1, 1, 1], :f32, [3, 2])
@@ -261,33 +276,55 @@ defmodule VivaTensor do
       [2, 3]
       iex> y |> VivaTensor.Tensor.to_list!() |> Enum.map(&Float.round(&1, 5))
       [1.0, 0.0, 1.0, -2.0, 2.0, 2.0]
+      iex> bias = VivaTensor.Tensor.from_list!([10, 20, 30], :f32, [3])
+      iex> y = VivaTensor.matmul!(x, q, bias: bias, residual: y)
+      iex> y |> VivaTensor.Tensor.to_list!() |> Enum.map(&Float.round(&1, 5))
+      [12.0, 20.0, 32.0, 6.0, 24.0, 34.0]
 
   ## Errors
 
-  `:shape_mismatch`, `:unsupported_dtype`; `:invalid_option` for an arithmetic that
-  the format has not.
+  `:shape_mismatch`, `:unsupported_dtype`, also of bias and residual;
+  `:invalid_option` for an arithmetic that the format has not.
   """
   @spec matmul(Tensor.t(), Quantized.t() | Packed.t(), matmul_options) ::
           {:ok, Tensor.t()} | {:error, Error.t()}
   def matmul(x, weights, options \\ [])
 
-  def matmul(%Tensor{ref: x, dtype: dtype}, %Quantized{ref: q}, options) do
-    with {:ok, [dtype, compute]} <- take(:matmul, options, dtype: dtype, compute: :f32) do
-      with {:ok, nil} <- Native.matmul_small(x, q, dtype, compute) do
-        Native.matmul(x, q, dtype, compute)
+  def matmul(%Tensor{ref: x} = tensor, %Quantized{ref: q}, options) do
+    with {:ok, compute, epilogue} <- matmul_options(tensor, options, :f32) do
+      with {:ok, nil} <- Native.matmul_small(x, q, epilogue, compute) do
+        Native.matmul(x, q, epilogue, compute)
       end
       |> Tensor.wrap(:matmul)
     end
   end
 
-  def matmul(%Tensor{ref: x, dtype: dtype}, %Packed{ref: packed}, options) do
-    with {:ok, [dtype, compute]} <- take(:matmul, options, dtype: dtype, compute: :int8),
+  def matmul(%Tensor{ref: x} = tensor, %Packed{ref: packed}, options) do
+    with {:ok, compute, epilogue} <- matmul_options(tensor, options, :int8),
          :ok <- only_int8(:matmul, compute) do
-      with {:ok, nil} <- Native.matmul_packed_small(x, packed, dtype) do
-        Native.matmul_packed(x, packed, dtype)
+      with {:ok, nil} <- Native.matmul_packed_small(x, packed, epilogue) do
+        Native.matmul_packed(x, packed, epilogue)
       end
       |> Tensor.wrap(:matmul)
     end
+  end
+
+  # The arithmetic, and what becomes of the sums, as native code takes it.
+  defp matmul_options(x, options, compute) do
+    defaults = [dtype: x.dtype, compute: compute, bias: nil, residual: nil]
+
+    with {:ok, [dtype, compute, bias, residual]} <- take(:matmul, options, defaults),
+         {:ok, bias} <- added("bias", bias),
+         {:ok, residual} <- added("residual", residual) do
+      {:ok, compute, {dtype, bias, residual}}
+    end
+  end
+
+  defp added(_option, nil), do: {:ok, nil}
+  defp added(_option, %Tensor{ref: ref}), do: {:ok, ref}
+
+  defp added(option, other) do
+    Error.option(:matmul, option, "expected a VivaTensor.Tensor, got #{inspect(other)}")
   end
 
   @doc "Like `matmul/3`, but raises `VivaTensor.Error`."
@@ -303,7 +340,7 @@ defmodule VivaTensor do
 
   Options:
 
-    * `compute:` the arithmetic to pack for: `:int8`, the only one.
+    * `compute:` the arithmetic to pack for: `:int8`, the only one, or `:auto`.
 
       iex> w = VivaTensor.Tensor.from_list!(List.duplicate(0.5, 64), :f32, [2, 32])
       iex> {:ok, packed} = w |> VivaTensor.quantize!(:q4_0) |> VivaTensor.prepack()
@@ -318,7 +355,7 @@ defmodule VivaTensor do
   `:shape_mismatch` unless it is a matrix, `:invalid_option` for a format that is not
   made of integers as it lies (`:fp8_e4m3`, `:dynamic8`, `:sparse24` …).
   """
-  @spec prepack(Quantized.t(), compute: :int8) :: {:ok, Packed.t()} | {:error, Error.t()}
+  @spec prepack(Quantized.t(), compute: :int8 | :auto) :: {:ok, Packed.t()} | {:error, Error.t()}
   def prepack(%Quantized{ref: ref}, options \\ []) do
     with {:ok, [compute]} <- take(:prepack, options, compute: :int8),
          :ok <- only_int8(:prepack, compute) do
@@ -327,10 +364,10 @@ defmodule VivaTensor do
   end
 
   @doc "Like `prepack/2`, but raises `VivaTensor.Error`."
-  @spec prepack!(Quantized.t(), compute: :int8) :: Packed.t()
+  @spec prepack!(Quantized.t(), compute: :int8 | :auto) :: Packed.t()
   def prepack!(quantized, options \\ []), do: Error.bang!(prepack(quantized, options))
 
-  defp only_int8(_op, :int8), do: :ok
+  defp only_int8(_op, compute) when compute in [:int8, :auto], do: :ok
 
   defp only_int8(op, other) do
     Error.option(op, "compute", "packed weights are for int8, got #{inspect(other)}")

@@ -138,6 +138,50 @@ defmodule VivaTensorTest do
                VivaTensor.matmul(x, nf4, compute: :llm_int8)
     end
 
+    test "matmul in bf16, and in what the machine and the format allow" do
+      x = waves([9, 96])
+
+      for format <- [:int8, :fp8_e4m3], compute <- [:bf16, :auto] do
+        q = VivaTensor.quantize!(waves([24, 96]), format)
+        exact = VivaTensor.matmul!(x, q)
+        assert VivaTensor.metrics!(exact, VivaTensor.matmul!(x, q, compute: compute)).sqnr_db > 35
+      end
+
+      q = VivaTensor.quantize!(waves([24, 96]), :q8_0)
+      auto = VivaTensor.matmul!(x, q, compute: :auto) |> Tensor.to_binary!()
+      assert auto == VivaTensor.matmul!(x, q, compute: :int8) |> Tensor.to_binary!()
+      assert auto == VivaTensor.matmul!(x, VivaTensor.prepack!(q)) |> Tensor.to_binary!()
+    end
+
+    test "matmul adds a bias and a residual" do
+      {x, w} = {waves([2, 3, 96]), VivaTensor.quantize!(waves([24, 96]), :int8)}
+      bias = Tensor.from_list!(Enum.map(1..24, &(&1 / 8)), :bf16, [24])
+      residual = waves([2, 3, 24])
+
+      for weights <- [w, VivaTensor.prepack!(w)] do
+        sums = VivaTensor.matmul!(x, weights) |> Tensor.to_list!()
+        rows = Enum.zip([sums, Stream.cycle(Tensor.to_list!(bias)), Tensor.to_list!(residual)])
+        y = VivaTensor.matmul!(x, weights, bias: bias, residual: residual)
+        assert y.shape == [2, 3, 24]
+
+        for {got, {sum, bias, residual}} <- Enum.zip(Tensor.to_list!(y), rows) do
+          assert_in_delta got, sum + bias + residual, 1.0e-4
+        end
+
+        for {option, bad, kind} <- [
+              {:bias, residual, :shape_mismatch},
+              {:residual, bias, :shape_mismatch},
+              {:bias, Tensor.from_list!(Enum.to_list(1..24), :i32, [24]), :unsupported_dtype},
+              {:residual, [1.0], :invalid_option}
+            ] do
+          assert {:error, %Error{reason: {^kind, _}} = error} =
+                   VivaTensor.matmul(x, weights, [{option, bad}])
+
+          assert Exception.message(error) =~ "#{option}"
+        end
+      end
+    end
+
     test "matmul equals the product with the dequantized weights" do
       x = waves([3, 2, 256])
       weights = waves([10, 256])

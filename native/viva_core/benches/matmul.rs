@@ -67,7 +67,14 @@ fn bench(bencher: Bencher, (format, threads): (&str, usize), m: usize) {
     let mut turn = 0;
     let mut multiply = || {
         turn = (turn + 1) % copies;
-        matmul_into(&x, &weights[turn], DType::F32, &mut out, &Cancel::new()).unwrap();
+        matmul_into(
+            &x,
+            &weights[turn],
+            DType::F32.into(),
+            &mut out,
+            &Cancel::new(),
+        )
+        .unwrap();
     };
     if m == 1 {
         bencher

@@ -329,7 +329,7 @@ fn a_scaled_and_rotated_input_gives_the_product_of_the_weight_it_stands_for() {
     assert!(q.spec.input.rotated && q.spec.input.scaled);
     let x = f32_tensor(&[m, k], &activations(m, k, 21));
     let mut out = vec![0u8; m * n * 4];
-    matmul::matmul_into(&x, &q, DType::F32, &mut out, &Cancel::new()).unwrap();
+    matmul::matmul_into(&x, &q, DType::F32.into(), &mut out, &Cancel::new()).unwrap();
     let y = Tensor::from_slice(DType::F32, &[m, n], &out)
         .unwrap()
         .to_f32_vec();

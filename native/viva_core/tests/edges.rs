@@ -414,7 +414,7 @@ fn a_cancelled_call_stops() {
         let stopped = Err(Error::Cancelled);
         assert_eq!(dequantize_into(&q, DType::F32, &mut out, &cancel), stopped);
         assert_eq!(
-            matmul::matmul_into(&x, &q, DType::F32, &mut out, &cancel),
+            matmul::matmul_into(&x, &q, DType::F32.into(), &mut out, &cancel),
             stopped
         );
         assert_eq!(cast::cast_into(&x, DType::F32, &mut out, &cancel), stopped);

@@ -18,11 +18,11 @@ use viva_core::tensor::{DType, Tensor};
 fn products(x: &Tensor, q: &Quantized, dtype: DType) -> [Tensor; 2] {
     let shape = matmul_shape(x, &q.shape).unwrap();
     let mut out = vec![0u8; shape.iter().product::<usize>() * dtype.size()];
-    matmul_into(x, q, dtype, &mut out, &Cancel::new()).unwrap();
+    matmul_into(x, q, dtype.into(), &mut out, &Cancel::new()).unwrap();
     let straight = Tensor::from_slice(dtype, &shape, &out).unwrap();
     let packed = pack(q, &Cancel::new()).unwrap();
     out.fill(0xff);
-    matmul_packed(x, &packed, dtype, &mut out, &Cancel::new()).unwrap();
+    matmul_packed(x, &packed, dtype.into(), &mut out, &Cancel::new()).unwrap();
     [straight, Tensor::from_slice(dtype, &shape, &out).unwrap()]
 }
 

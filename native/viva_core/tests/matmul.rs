@@ -300,7 +300,7 @@ fn dtypes_and_sizes_that_do_not_fit_are_refused() {
     }
     for len in [0, 4 * 12 - 1, 4 * 13] {
         let mut out = vec![0; len];
-        let refused = matmul_into(&x, &q, DType::F32, &mut out, &Cancel::new());
+        let refused = matmul_into(&x, &q, DType::F32.into(), &mut out, &Cancel::new());
         assert!(matches!(refused, Err(Error::SizeMismatch { .. })));
     }
 }
@@ -323,7 +323,14 @@ fn empty_products() {
         // Sums of nothing are zero, over what was there before.
         let q = quantized(&empty(&[3, 0]), &spec);
         let mut out = vec![0xff; 2 * 3 * 4];
-        matmul_into(&empty(&[2, 0]), &q, DType::F32, &mut out, &Cancel::new()).unwrap();
+        matmul_into(
+            &empty(&[2, 0]),
+            &q,
+            DType::F32.into(),
+            &mut out,
+            &Cancel::new(),
+        )
+        .unwrap();
         assert_eq!(out, [0; 24]);
     }
 }

@@ -217,7 +217,8 @@ fn any_number_of_threads_gives_the_same_bytes() {
                 if let &[n, k] = shape.as_slice() {
                     let x = support::f32_tensor(&[2, k], &gaussian(2 * k, 4));
                     let mut out = vec![0u8; 2 * n * 4];
-                    matmul::matmul_into(&x, &q, DType::F32, &mut out, &Cancel::new()).unwrap();
+                    matmul::matmul_into(&x, &q, DType::F32.into(), &mut out, &Cancel::new())
+                        .unwrap();
                     all.push(out);
                 }
             }

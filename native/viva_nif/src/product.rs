@@ -2,10 +2,13 @@
 //! and back: small products are done where the process is. Each product is two NIFs,
 //! of which the one for small products answers nil where the other is to be asked.
 
+use std::sync::Arc;
+
 use rustler::schedule::consume_timeslice;
-use rustler::{Env, Term};
+use rustler::{Env, NifTuple, Term};
+use viva_core::ops::epilogue::Epilogue;
 use viva_core::ops::{Cancel, int8, matmul};
-use viva_core::tensor::DType;
+use viva_core::tensor::{DType, Tensor};
 
 use crate::error::Outcome;
 use crate::resource::{PackedRef, QuantizedRef, TensorRef, tensor_from_binary};
@@ -40,19 +43,52 @@ fn product<'a>(
     Ok(Some(terms::tensor(env, y)))
 }
 
+/// What becomes of the sums: the dtype, a bias and a residual.
+#[derive(NifTuple)]
+#[rustler(decode)]
+struct Given(Name, Option<TensorRef>, Option<TensorRef>);
+
+/// The same while a product is computed.
+struct Held {
+    dtype: DType,
+    bias: Option<Arc<Tensor>>,
+    residual: Option<Arc<Tensor>>,
+}
+
+impl Given {
+    fn hold(&self) -> Outcome<Held> {
+        let get = |tensor: &Option<TensorRef>| tensor.as_ref().map(|t| t.0.get()).transpose();
+        Ok(Held {
+            dtype: self.0.dtype()?,
+            bias: get(&self.1)?,
+            residual: get(&self.2)?,
+        })
+    }
+}
+
+impl Held {
+    fn epilogue(&self) -> Epilogue<'_> {
+        Epilogue {
+            dtype: self.dtype,
+            bias: self.bias.as_deref(),
+            residual: self.residual.as_deref(),
+        }
+    }
+}
+
 fn multiply<'a>(
     env: Env<'a>,
     on: Scheduler,
     x: TensorRef,
     q: QuantizedRef,
-    dtype: Name,
+    epilogue: Given,
     compute: Name,
 ) -> Outcome<Option<Term<'a>>> {
     let multiply = matmul::by_name(&compute.0)?;
-    let (x, q, dtype) = (x.0.get()?, q.0.get()?, dtype.dtype()?);
+    let (x, q, held) = (x.0.get()?, q.0.get()?, epilogue.hold()?);
     let shape = matmul::matmul_shape(&x, &q.shape)?;
-    product(env, on, (shape, x.row_len()), dtype, |out| {
-        multiply(&x, &q, dtype, out, &Cancel::new())
+    product(env, on, (shape, x.row_len()), held.dtype, |out| {
+        multiply(&x, &q, held.epilogue(), out, &Cancel::new())
     })
 }
 
@@ -61,12 +97,12 @@ fn multiply_packed<'a>(
     on: Scheduler,
     x: TensorRef,
     packed: PackedRef,
-    dtype: Name,
+    epilogue: Given,
 ) -> Outcome<Option<Term<'a>>> {
-    let (x, packed, dtype) = (x.0.get()?, packed.0.get()?, dtype.dtype()?);
+    let (x, packed, held) = (x.0.get()?, packed.0.get()?, epilogue.hold()?);
     let shape = matmul::matmul_shape(&x, packed.shape())?;
-    product(env, on, (shape, x.row_len()), dtype, |out| {
-        int8::matmul_packed(&x, &packed, dtype, out, &Cancel::new())
+    product(env, on, (shape, x.row_len()), held.dtype, |out| {
+        int8::matmul_packed(&x, &packed, held.epilogue(), out, &Cancel::new())
     })
 }
 
@@ -75,10 +111,10 @@ fn matmul_nif<'a>(
     env: Env<'a>,
     x: TensorRef,
     q: QuantizedRef,
-    dtype: Name,
+    epilogue: Given,
     compute: Name,
 ) -> Outcome<Option<Term<'a>>> {
-    multiply(env, Dirty, x, q, dtype, compute)
+    multiply(env, Dirty, x, q, epilogue, compute)
 }
 
 #[rustler::nif]
@@ -86,10 +122,10 @@ fn matmul_small<'a>(
     env: Env<'a>,
     x: TensorRef,
     q: QuantizedRef,
-    dtype: Name,
+    epilogue: Given,
     compute: Name,
 ) -> Outcome<Option<Term<'a>>> {
-    multiply(env, Normal, x, q, dtype, compute)
+    multiply(env, Normal, x, q, epilogue, compute)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
@@ -97,9 +133,9 @@ fn matmul_packed<'a>(
     env: Env<'a>,
     x: TensorRef,
     packed: PackedRef,
-    dtype: Name,
+    epilogue: Given,
 ) -> Outcome<Option<Term<'a>>> {
-    multiply_packed(env, Dirty, x, packed, dtype)
+    multiply_packed(env, Dirty, x, packed, epilogue)
 }
 
 #[rustler::nif]
@@ -107,7 +143,7 @@ fn matmul_packed_small<'a>(
     env: Env<'a>,
     x: TensorRef,
     packed: PackedRef,
-    dtype: Name,
+    epilogue: Given,
 ) -> Outcome<Option<Term<'a>>> {
-    multiply_packed(env, Normal, x, packed, dtype)
+    multiply_packed(env, Normal, x, packed, epilogue)
 }

@@ -114,11 +114,13 @@ impl Ops {
             if packed {
                 let w = pack(&q, cancel)?;
                 return Ok(Box::new(move |y| {
-                    int8::matmul_packed(x, &w, DType::F32, y, cancel)
+                    int8::matmul_packed(x, &w, DType::F32.into(), y, cancel)
                 }));
             }
             let w = support::copied(&q);
-            Ok(Box::new(move |y| multiply(x, &w, DType::F32, y, cancel)))
+            Ok(Box::new(move |y| {
+                multiply(x, &w, DType::F32.into(), y, cancel)
+            }))
         };
         let copies = 0..copies(request, q.nbytes(), self.past_caches);
         let copies = copies.map(copy).collect::<Result<Vec<_>>>()?;

@@ -15,11 +15,12 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Cancel;
+use super::epilogue::Epilogue;
+use super::pool::Threads;
 use crate::error::Result;
 use crate::format::Decode;
 use crate::simd::product::{NARROW, Product, Transpose, WIDE};
 use crate::simd::{LANES, bf16, dispatch};
-use crate::tensor::{DType, narrow};
 
 /// Words of a row of weights that are decoded together.
 const DEPTH: usize = 512;
@@ -114,30 +115,50 @@ impl Blocks {
         self.sums.par_chunks_mut(blocks * WIDE * self.padded)
     }
 
-    /// Writes the results as rows of `dtype`. Call it inside the pool.
-    pub fn write(&self, dtype: DType, out: &mut [u8]) -> Result<()> {
-        out.par_chunks_mut(self.n * dtype.size())
-            .enumerate()
-            .try_for_each_init(Vec::new, |row, (i, out)| self.write_row(i, row, dtype, out))
+    /// Calls `work` with the index and the sums of every block.
+    pub fn each(
+        &mut self,
+        threads: Threads,
+        cancel: &Cancel,
+        work: impl Fn(usize, &mut [f32]) + Sync + Send,
+    ) -> Result<()> {
+        let size = WIDE * self.padded;
+        let work = |_: &mut (), i: usize, sums: &mut [f32]| {
+            work(i, sums);
+            Ok(())
+        };
+        threads.chunks(&mut self.sums, size, cancel, || (), work)
     }
 
-    /// The same on the calling thread.
-    pub fn write_at_once(&self, dtype: DType, out: &mut [u8]) -> Result<()> {
-        let mut row = Vec::new();
-        out.chunks_mut(self.n * dtype.size())
-            .enumerate()
-            .try_for_each(|(i, out)| self.write_row(i, &mut row, dtype, out))
+    /// Writes the results. Call it inside [`Threads::run`].
+    pub fn write(
+        &self,
+        epilogue: &Epilogue,
+        out: &mut [u8],
+        threads: Threads,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let size = NARROW * self.n * epilogue.dtype.size();
+        let work =
+            |_: &mut (), i: usize, out: &mut [u8]| self.write_rows(i * NARROW, epilogue, out);
+        threads.chunks(out, size, cancel, || (), work)
     }
 
-    fn write_row(&self, i: usize, row: &mut Vec<f32>, dtype: DType, out: &mut [u8]) -> Result<()> {
-        if self.padded == 1 {
-            return narrow(dtype, &self.sums[..self.n], out);
+    /// Writes rows from `first` on, block after block: their lines of a block are
+    /// neighbours.
+    fn write_rows(&self, first: usize, epilogue: &Epilogue, out: &mut [u8]) -> Result<()> {
+        let size = epilogue.dtype.size();
+        for (i, block) in self.sums.chunks_exact(WIDE * self.padded).enumerate() {
+            let columns = i * WIDE..self.n.min((i + 1) * WIDE);
+            let (lines, _) = block[first * WIDE..].as_chunks::<WIDE>();
+            let rows = out.chunks_exact_mut(self.n * size);
+            for ((row, out), mut line) in rows.enumerate().zip(lines.iter().copied()) {
+                let out = &mut out[columns.start * size..columns.end * size];
+                let sums = &mut line[..columns.len()];
+                epilogue.write((first + row, columns.start), sums, out)?;
+            }
         }
-        row.clear();
-        for block in self.sums.chunks_exact(WIDE * self.padded) {
-            row.extend_from_slice(&block[i * WIDE..][..WIDE]);
-        }
-        narrow(dtype, &row[..self.n], out)
+        Ok(())
     }
 }
 

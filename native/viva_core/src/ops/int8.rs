@@ -14,8 +14,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::batch::Blocks;
+use super::epilogue::Epilogue;
 use super::matmul::{activations, check};
 use super::packed::{Packed, Plan, Scratch};
+use super::pool::Threads;
 use super::{Cancel, pool};
 use crate::error::Result;
 use crate::format::Quantized;
@@ -24,7 +26,7 @@ use crate::simd::dispatch;
 use crate::simd::dots;
 use crate::simd::panel::{Expand, Form, Multiply, Number, ROWS, RoundToBytes};
 use crate::steps::Steps;
-use crate::tensor::{DType, Tensor, narrow};
+use crate::tensor::Tensor;
 
 /// What users call this arithmetic.
 pub const NAME: &str = "int8";
@@ -41,12 +43,12 @@ const STRETCH: usize = 1 << 19;
 const SMALL: usize = 1 << 20;
 
 /// Where panels come from.
-enum Panels<'a> {
+pub(super) enum Panels<'a> {
     Packed(&'a [u8]),
     Steps(&'a dyn Steps),
 }
 
-/// Computes `x · qᵀ` into `out`, rounded once to `dtype`; weights are packed as they
+/// Computes `x · qᵀ` into `out`; weights are packed as they
 /// are met.
 ///
 /// # Errors
@@ -55,14 +57,14 @@ enum Panels<'a> {
 pub fn matmul_into(
     x: &Tensor,
     q: &Quantized,
-    dtype: DType,
+    epilogue: Epilogue,
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
-    check(x, q, dtype, out)?;
+    check(x, q, &epilogue, out)?;
     let decoder = q.spec.format()?.decoder(q)?;
     let (plan, steps) = Plan::of(q, &*decoder, "compute", (q.shape[0], q.shape[1]))?;
-    multiply(x, q, &plan, &Panels::Steps(steps), dtype, out, cancel)
+    multiply(x, q, &plan, &Panels::Steps(steps), &epilogue, out, cancel)
 }
 
 /// The same with weights that were packed before.
@@ -72,13 +74,13 @@ pub fn matmul_into(
 pub fn matmul_packed(
     x: &Tensor,
     packed: &Packed,
-    dtype: DType,
+    epilogue: Epilogue,
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
-    check(x, &packed.of, dtype, out)?;
+    check(x, &packed.of, &epilogue, out)?;
     let panels = Panels::Packed(packed.panels.bytes());
-    multiply(x, &packed.of, &packed.plan, &panels, dtype, out, cancel)
+    multiply(x, &packed.of, &packed.plan, &panels, &epilogue, out, cancel)
 }
 
 fn multiply(
@@ -86,29 +88,54 @@ fn multiply(
     q: &Quantized,
     plan: &Plan,
     panels: &Panels,
-    dtype: DType,
+    epilogue: &Epilogue,
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
     let mut widened = Vec::new();
-    let Some(x) = activations(x, q, out, &mut widened)? else {
-        return Ok(());
+    let Some(x) = activations(x, q, &mut widened)? else {
+        return epilogue.write_zeros(plan.n, out);
     };
     let m = x.len() / plan.k;
-    let job = Job { x, plan, panels };
+    let x = &ByGroup { x, k: plan.k };
+    let job = Job { x, m, plan, panels };
     if m * plan.n * plan.k <= SMALL {
-        return job.at_once(dtype, out);
+        return job.at_once(epilogue, out, cancel);
     }
     pool::run(|| match m {
-        BY_TOKENS.. => job.by_tokens(dtype, out, cancel),
-        _ => job.by_rows(cancel)?.write(dtype, out),
+        BY_TOKENS.. => job.by_tokens(epilogue, out, cancel),
+        _ => job
+            .by_rows(cancel)?
+            .write(epilogue, out, Threads::Pool, cancel),
     })
 }
 
-struct Job<'a> {
+/// Rows of x in 8 bits.
+pub(super) trait Codes: Sync {
+    /// Writes the codes of those columns of a row, signed bytes: how long their step
+    /// is, and what they add up to.
+    fn write(&self, row: usize, columns: Range<usize>, out: &mut [u8]) -> (f32, i32);
+}
+
+/// Each group rounded by its own largest magnitude.
+struct ByGroup<'a> {
     x: &'a [f32],
-    plan: &'a Plan,
-    panels: &'a Panels<'a>,
+    k: usize,
+}
+
+impl Codes for ByGroup<'_> {
+    fn write(&self, row: usize, columns: Range<usize>, out: &mut [u8]) -> (f32, i32) {
+        let x = &self.x[row * self.k..][columns];
+        dispatch(RoundToBytes { x, out })
+    }
+}
+
+pub(super) struct Job<'a> {
+    pub x: &'a dyn Codes,
+    /// Rows of x.
+    pub m: usize,
+    pub plan: &'a Plan,
+    pub panels: &'a Panels<'a>,
 }
 
 impl Job<'_> {
@@ -137,20 +164,19 @@ impl Job<'_> {
     }
 
     /// On the calling thread.
-    fn at_once(&self, dtype: DType, out: &mut [u8]) -> Result<()> {
-        let m = self.x.len() / self.plan.k;
-        let tiles = self.tiles(0..m);
+    fn at_once(&self, epilogue: &Epilogue, out: &mut [u8], cancel: &Cancel) -> Result<()> {
+        let tiles = self.tiles(0..self.m);
         let mut blocks = Blocks::zeroed(self.plan.n, padded(&tiles));
         let mut room = Room::default();
         for (i, sums) in blocks.chunks_mut().enumerate() {
-            self.panel(i, m, &mut room).times(&tiles, sums);
+            self.panel(i, self.m, &mut room).times(&tiles, sums);
         }
-        blocks.write_at_once(dtype, out)
+        blocks.write(epilogue, out, Threads::Caller, cancel)
     }
 
     /// Each task takes some panels, and all tokens.
-    fn by_rows(&self, cancel: &Cancel) -> Result<Blocks> {
-        let m = self.x.len() / self.plan.k;
+    pub fn by_rows(&self, cancel: &Cancel) -> Result<Blocks> {
+        let m = self.m;
         let tiles = self.tiles(0..m);
         let padded = padded(&tiles);
         let mut blocks = Blocks::zeroed(self.plan.n, padded);
@@ -169,13 +195,14 @@ impl Job<'_> {
     }
 
     /// Each task takes some tokens, and all panels: results go where they belong.
-    fn by_tokens(&self, dtype: DType, out: &mut [u8], cancel: &Cancel) -> Result<()> {
+    fn by_tokens(&self, epilogue: &Epilogue, out: &mut [u8], cancel: &Cancel) -> Result<()> {
         let n = self.plan.n;
-        let (m, threads) = (self.x.len() / self.plan.k, pool::threads()?);
+        let (m, threads) = (self.m, pool::threads()?);
         // As many tasks for each thread, all nearly as long.
         let turns = m.div_ceil(threads * TOKENS);
         let tokens = m.div_ceil(threads * turns).next_multiple_of(12);
-        let row = n * dtype.size();
+        let size = epilogue.dtype.size();
+        let row = n * size;
         out.par_chunks_mut(tokens * row)
             .enumerate()
             .try_for_each_init(Room::default, |room, (task, out)| {
@@ -189,10 +216,12 @@ impl Job<'_> {
                     for tile in &tiles {
                         let sums = &mut sums[..ROWS * tile.width];
                         panel.times(std::slice::from_ref(tile), sums);
-                        for (token, sums) in tile.tokens.clone().zip(sums.chunks_exact(ROWS)) {
-                            let at = (token - first) * row + rows.start * dtype.size();
-                            let out = &mut out[at..][..rows.len() * dtype.size()];
-                            narrow(dtype, &sums[..rows.len()], out)?;
+                        let tokens = tile.tokens.clone();
+                        for (token, sums) in tokens.zip(sums.chunks_exact_mut(ROWS)) {
+                            let at = (token - first) * row + rows.start * size;
+                            let out = &mut out[at..][..rows.len() * size];
+                            let sums = &mut sums[..rows.len()];
+                            epilogue.write((token, rows.start), sums, out)?;
                         }
                     }
                 }
@@ -208,9 +237,10 @@ impl Job<'_> {
             Panels::Packed(panels) => &panels[index * len..(index + 1) * len],
             Panels::Steps(steps) => {
                 room.packed.clear();
-                room.packed.resize(len, 0);
-                plan.fill(*steps, index, &mut room.packed, &mut room.row);
-                &room.packed
+                room.packed.resize(len / size_of::<u32>(), 0);
+                let packed = bytemuck::cast_slice_mut(&mut room.packed);
+                plan.fill(*steps, index, packed, &mut room.row);
+                packed
             }
         };
         let table = plan.steps.table.as_ref();
@@ -243,7 +273,8 @@ impl Job<'_> {
 /// Where a thread puts panels that are not ready.
 #[derive(Default)]
 struct Room {
-    packed: Vec<u8>,
+    /// Words, for panels begin at one.
+    packed: Vec<u32>,
     expanded: Vec<u8>,
     row: Scratch,
 }
@@ -288,26 +319,23 @@ struct Tile {
 }
 
 impl Tile {
-    fn new(x: &[f32], plan: &Plan, tokens: Range<usize>, width: usize) -> Tile {
+    fn new(x: &dyn Codes, plan: &Plan, tokens: Range<usize>, width: usize) -> Tile {
         let Form { groups, quads, .. } = plan.form;
         let mut codes = vec![[0i8; 4]; groups * quads * width];
         let mut numbers = vec![Number::default(); groups * width];
         let mut rounded = vec![0u8; 4 * quads];
         for (t, token) in tokens.clone().enumerate() {
-            let row = &x[token * plan.k..(token + 1) * plan.k];
             for group in 0..groups {
-                let x = &row[plan.columns(group)];
-                let (scale, sum) = dispatch(RoundToBytes {
-                    x,
-                    out: &mut rounded[..x.len()],
-                });
+                let columns = plan.columns(group);
+                let (out, filled) = rounded.split_at_mut(columns.len());
+                let (scale, sum) = x.write(token, columns, out);
+                filled.fill(0);
                 numbers[group * width + t] = Number {
                     scale,
                     sum: scale * sum as f32,
                     codes: sum,
                     start: -i32::from(plan.steps.zero) * sum,
                 };
-                rounded[x.len()..].fill(0);
                 let codes = &mut codes[group * quads * width..][..quads * width];
                 let lines = codes.chunks_exact_mut(width);
                 for (line, four) in lines.zip(rounded.as_chunks::<4>().0) {

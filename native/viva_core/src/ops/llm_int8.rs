@@ -6,15 +6,23 @@
 //! rounded to f16, then to 8 bits by its largest magnitude, and its dot products
 //! with the codes are integers.
 
-use super::matmul::{activations, check, write_rows};
+use std::ops::Range;
+
+use super::Cancel;
+use super::batch::Blocks;
+use super::epilogue::Epilogue;
+use super::int8::{Codes, Job, Panels};
+use super::matmul::{BATCH, activations, check};
+use super::packed::Plan;
 use super::pool::Threads;
-use super::{CHUNK, Cancel};
 use crate::error::{Error, Result};
 use crate::format::{Granularity, Quantized, Scale};
 use crate::simd::dispatch;
 use crate::simd::dot::DotInts;
+use crate::simd::product::{Spread, WIDE};
 use crate::simd::vector::round_f16;
-use crate::tensor::{DType, Tensor};
+use crate::steps::{Lows, StepForm, Steps};
+use crate::tensor::Tensor;
 
 /// The magnitude from which on an element makes its column an outlier.
 pub const THRESHOLD: f32 = 6.0;
@@ -22,7 +30,7 @@ pub const THRESHOLD: f32 = 6.0;
 /// 1/127² as bitsandbytes multiplies with it.
 const PER_SQUARE: f32 = 6.200_124e-5;
 
-/// Computes `x · qᵀ` into `out`, rounded once to `dtype`.
+/// Computes `x · qᵀ` into `out`.
 ///
 /// # Errors
 /// `InvalidOption` unless q is symmetric int8 with one scale a row, and what
@@ -30,11 +38,11 @@ const PER_SQUARE: f32 = 6.200_124e-5;
 pub fn matmul_into(
     x: &Tensor,
     q: &Quantized,
-    dtype: DType,
+    epilogue: Epilogue,
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
-    check(x, q, dtype, out)?;
+    check(x, q, &epilogue, out)?;
     let spec = &q.spec;
     if spec.format != "int8" || !spec.symmetric || spec.granularity != Granularity::Row {
         return Err(Error::option(
@@ -43,51 +51,122 @@ pub fn matmul_into(
         ));
     }
     let mut widened = Vec::new();
-    let Some(x) = activations(x, q, out, &mut widened)? else {
-        return Ok(());
+    let Some(x) = activations(x, q, &mut widened)? else {
+        return epilogue.write_zeros(q.shape[0], out);
     };
-    let (n, k) = (q.shape[0], q.shape[1]);
-    let absmax = match spec.scale {
-        Scale::Absmax => 1.0,
-        _ => 127.0,
-    };
-    let mut scales = q.part("scales")?.to_f32_vec();
-    scales.iter_mut().for_each(|s| *s *= absmax);
-    let codes: &[i8] = bytemuck::cast_slice(q.part("codes")?.bytes());
-    let threads = Threads::for_products(x.len() / k, (n, k));
+    let weights = Weights::of(q)?;
+    let (m, n, k) = (x.len() / weights.k, weights.n, weights.k);
+    let threads = Threads::for_products(m, (n, k));
     threads.run(|| {
         let a = Activations::split(x, k);
+        let mut blocks = match m {
+            ..BATCH => weights.dots(&a, threads, cancel)?,
+            _ => {
+                let plan = &Plan::new(weights.form(), (n, k));
+                let panels = &Panels::Steps(&weights);
+                let x = &a;
+                Job { x, m, plan, panels }.by_rows(cancel)?
+            }
+        };
+        blocks.each(threads, cancel, |block, sums| {
+            sums.iter_mut().for_each(|sum| *sum *= PER_SQUARE);
+            for (&column, a) in a.columns.iter().zip(a.kept.chunks_exact(m)) {
+                let x = &weights.line(block * WIDE, column)[..];
+                dispatch(Spread { a, x, y: sums });
+            }
+        })?;
+        blocks.write(&epilogue, out, threads, cancel)
+    })
+}
+
+/// Weights as steps under the largest magnitude of their row.
+struct Weights<'a> {
+    n: usize,
+    k: usize,
+    codes: &'a [i8],
+    absmax: Vec<f32>,
+}
+
+impl Weights<'_> {
+    fn of(q: &Quantized) -> Result<Weights<'_>> {
+        let steps = match q.spec.scale {
+            Scale::Absmax => 1.0,
+            _ => 127.0,
+        };
+        let mut absmax = q.part("scales")?.to_f32_vec();
+        absmax.iter_mut().for_each(|scale| *scale *= steps);
+        Ok(Weights {
+            n: q.shape[0],
+            k: q.shape[1],
+            codes: bytemuck::cast_slice(q.part("codes")?.bytes()),
+            absmax,
+        })
+    }
+
+    fn row(&self, row: usize) -> &[i8] {
+        &self.codes[row * self.k..(row + 1) * self.k]
+    }
+
+    /// A column's weights from that row on; zeros past the last.
+    fn line(&self, first: usize, column: usize) -> [f32; WIDE] {
+        let mut line = [0.0; WIDE];
+        for (v, row) in line.iter_mut().zip(first..self.n) {
+            *v = f32::from(self.row(row)[column]) * (self.absmax[row] * (1.0 / 127.0));
+        }
+        line
+    }
+
+    /// Products with fewer than [`BATCH`] rows, from the codes as they lie.
+    fn dots(&self, a: &Activations, threads: Threads, cancel: &Cancel) -> Result<Blocks> {
         let m = a.scales.len();
-        let rows = (4 * CHUNK / k).clamp(1, 64);
-        let mut columns = vec![0f32; n * m];
-        let work = |dots: &mut Vec<i32>, t: usize, out: &mut [f32]| {
-            let first = t * rows;
-            for (j, out) in out.chunks_mut(m).enumerate() {
-                let row = first + j;
-                let weights = &codes[row * k..(row + 1) * k];
-                dots.resize(m, 0i32);
+        let mut blocks = Blocks::zeroed(self.n, m);
+        blocks.each(threads, cancel, |block, sums| {
+            let mut dots = [0i32; BATCH];
+            let first = block * WIDE;
+            for row in first..self.n.min(first + WIDE) {
                 dispatch(DotInts {
                     x: &a.codes,
-                    w: weights,
-                    out: dots,
+                    w: self.row(row),
+                    out: &mut dots[..m],
                 });
-                for (i, out) in out.iter_mut().enumerate() {
-                    let whole = dots[i] as f32 * (a.scales[i] * scales[row]) * PER_SQUARE;
-                    *out = whole + a.outliers(i, weights, scales[row]);
+                let lines = sums.chunks_exact_mut(WIDE);
+                for ((line, dot), scale) in lines.zip(dots).zip(&a.scales) {
+                    line[row - first] = dot as f32 * (scale * self.absmax[row]);
                 }
             }
-            Ok(())
-        };
-        threads.chunks(&mut columns, rows * m, cancel, Vec::new, work)?;
-        write_rows(&columns, (n, m), dtype, out, threads, cancel)
-    })
+        })?;
+        Ok(blocks)
+    }
+}
+
+impl Steps for Weights<'_> {
+    fn form(&self) -> StepForm {
+        StepForm {
+            block: self.k,
+            halves: false,
+            table: None,
+            zero: 128,
+            lows: Lows::Nothing,
+        }
+    }
+
+    fn codes(&self, row: usize, out: &mut [u8]) {
+        for (out, code) in out.iter_mut().zip(self.row(row)) {
+            *out = *code as u8 ^ 128;
+        }
+    }
+
+    fn numbers(&self, row: usize, scales: &mut [f32], _lows: &mut [f32]) {
+        scales.fill(self.absmax[row]);
+    }
 }
 
 /// Rows of x in 8 bits, and what is too large for that.
 struct Activations {
+    k: usize,
     codes: Vec<i8>,
     scales: Vec<f32>,
-    /// Outlier columns, and their elements row after row.
+    /// Outlier columns, and their elements column after column.
     columns: Vec<usize>,
     kept: Vec<f32>,
 }
@@ -102,10 +181,12 @@ impl Activations {
             }
         }
         let columns: Vec<usize> = (0..k).filter(|&c| outlier[c]).collect();
+        let elements = columns.iter().flat_map(|&c| x.iter().skip(c).step_by(k));
         let mut a = Activations {
+            k,
             codes: vec![0; x.len()],
             scales: Vec::with_capacity(x.len() / k),
-            kept: Vec::with_capacity(x.len() / k * columns.len()),
+            kept: elements.copied().collect(),
             columns,
         };
         for (row, codes) in x.chunks(k).zip(a.codes.chunks_mut(k)) {
@@ -116,7 +197,6 @@ impl Activations {
                 false => most.max(round_f16(v).abs()),
             });
             a.scales.push(most);
-            a.kept.extend(a.columns.iter().map(|&c| row[c]));
             if most == 0.0 {
                 continue;
             }
@@ -129,12 +209,13 @@ impl Activations {
         }
         a
     }
+}
 
-    /// What the outlier columns add for row `i` of x.
-    fn outliers(&self, i: usize, weights: &[i8], scale: f32) -> f32 {
-        let kept = &self.kept[i * self.columns.len()..];
-        let products = self.columns.iter().zip(kept);
-        let sum: f32 = products.map(|(&c, x)| x * f32::from(weights[c])).sum();
-        sum * (scale * (1.0 / 127.0))
+impl Codes for Activations {
+    fn write(&self, row: usize, columns: Range<usize>, out: &mut [u8]) -> (f32, i32) {
+        let codes = &self.codes[row * self.k..][columns];
+        out.copy_from_slice(bytemuck::cast_slice(codes));
+        let sum = codes.iter().map(|&code| i32::from(code)).sum();
+        (self.scales[row], sum)
     }
 }

@@ -15,15 +15,17 @@
 //! rounding saves nothing, have the results of `compute: :f32`.
 
 use super::batch::{self, Words};
+use super::epilogue::{self, Epilogue};
 use super::pool::{self, Threads};
 use super::{CHUNK, Cancel};
 use crate::error::{Error, Result};
 use crate::format::{Decode, Input, Quantized};
 use crate::method::input;
+use crate::simd::bf16::has_pairs;
 use crate::simd::dispatch;
 use crate::simd::dot::{DotRows, ROWS};
 use crate::simd::product::NARROW;
-use crate::tensor::{DType, Tensor, element_count, narrow};
+use crate::tensor::{Tensor, element_count};
 
 /// Rows of x from which on panels pay for the packing.
 pub const BATCH: usize = NARROW;
@@ -49,19 +51,21 @@ impl Threads {
 }
 
 /// A way to compute `x · qᵀ` into a buffer.
-pub type Matmul = fn(&Tensor, &Quantized, DType, &mut [u8], &Cancel) -> Result<()>;
+pub type Matmul = fn(&Tensor, &Quantized, Epilogue, &mut [u8], &Cancel) -> Result<()>;
 
 /// The way of that name: `f32` is [`matmul_into`], `bf16` [`matmul_bf16_into`],
-/// `int8` and `llm_int8` are those of [`super::int8`] and [`super::llm_int8`].
+/// `int8` and `llm_int8` are those of [`super::int8`] and [`super::llm_int8`], and
+/// `auto` chooses as [`matmul_auto_into`] says.
 pub fn by_name(compute: &str) -> Result<Matmul> {
     match compute {
         "f32" => Ok(matmul_into),
         "bf16" => Ok(matmul_bf16_into),
+        "auto" => Ok(matmul_auto_into),
         super::int8::NAME => Ok(super::int8::matmul_into),
         "llm_int8" => Ok(super::llm_int8::matmul_into),
         other => Err(Error::option(
             "compute",
-            format!("expected f32, bf16, int8 or llm_int8, got {other}"),
+            format!("expected f32, bf16, int8, llm_int8 or auto, got {other}"),
         )),
     }
 }
@@ -97,20 +101,21 @@ pub fn matmul_shape(x: &Tensor, q: &[usize]) -> Result<Vec<usize>> {
     }
 }
 
-/// Computes `x · qᵀ` into `out`, in f32 arithmetic, rounded once to `dtype`.
+/// Computes `x · qᵀ` into `out`, in f32 arithmetic.
 /// Weights are decoded a tile at a time into a scratch that stays in a cache; the
 /// full float matrix never exists.
 ///
 /// # Errors
-/// `ShapeMismatch`, `UnsupportedDtype`, `SizeMismatch` for `out`, `Cancelled`.
+/// `ShapeMismatch` and `UnsupportedDtype`, for what the epilogue adds too;
+/// `SizeMismatch` for `out`, `Cancelled`.
 pub fn matmul_into(
     x: &Tensor,
     q: &Quantized,
-    dtype: DType,
+    epilogue: Epilogue,
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
-    multiply(x, q, Words::Numbers, dtype, out, cancel)
+    multiply(x, q, Words::Numbers, &epilogue, out, cancel)
 }
 
 /// The same with factors rounded to bf16 where x has many rows.
@@ -120,38 +125,61 @@ pub fn matmul_into(
 pub fn matmul_bf16_into(
     x: &Tensor,
     q: &Quantized,
-    dtype: DType,
+    epilogue: Epilogue,
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
-    multiply(x, q, Words::bf16(), dtype, out, cancel)
+    multiply(x, q, Words::bf16(), &epilogue, out, cancel)
+}
+
+/// In 8-bit integers where the weights are made of integers; else in bf16 where the
+/// level in force has instructions for it; else in f32.
+///
+/// # Errors
+/// Those of [`matmul_into`].
+pub fn matmul_auto_into(
+    x: &Tensor,
+    q: &Quantized,
+    epilogue: Epilogue,
+    out: &mut [u8],
+    cancel: &Cancel,
+) -> Result<()> {
+    match super::int8::matmul_into(x, q, epilogue, out, cancel) {
+        // What int8 cannot multiply.
+        Err(Error::InvalidOption { .. }) if has_pairs() => {
+            matmul_bf16_into(x, q, epilogue, out, cancel)
+        }
+        Err(Error::InvalidOption { .. }) => matmul_into(x, q, epilogue, out, cancel),
+        done => done,
+    }
 }
 
 fn multiply(
     x: &Tensor,
     q: &Quantized,
     words: Words,
-    dtype: DType,
+    epilogue: &Epilogue,
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
-    check(x, q, dtype, out)?;
+    check(x, q, epilogue, out)?;
     let mut widened = Vec::new();
-    let Some(x) = activations(x, q, out, &mut widened)? else {
-        return Ok(());
+    let Some(x) = activations(x, q, &mut widened)? else {
+        return epilogue.write_zeros(q.shape[0], out);
     };
     let (n, k) = (q.shape[0], q.shape[1]);
     let m = x.len() / k;
     let decoder = q.spec.format()?.decoder(q)?;
     if m >= BATCH {
         return pool::run(|| {
-            batch::multiply(x, &*decoder, (n, k), words, cancel)?.write(dtype, out)
+            let blocks = batch::multiply(x, &*decoder, (n, k), words, cancel)?;
+            blocks.write(epilogue, out, Threads::Pool, cancel)
         });
     }
     let threads = Threads::for_products(m, (n, k));
     threads.run(|| {
         let columns = dot_products(x, &*decoder, (n, k), threads, cancel)?;
-        write_rows(&columns, (n, m), dtype, out, threads, cancel)
+        write_rows(&columns, (n, m), epilogue, out, threads, cancel)
     })
 }
 
@@ -178,16 +206,13 @@ fn dot_products(
     Ok(columns)
 }
 
-/// Activations as the codes of q want them; none where nothing is left to multiply,
-/// and `out` is written.
+/// Activations as the codes of q want them; none where there is nothing to multiply.
 pub(super) fn activations<'a>(
     x: &'a Tensor,
     q: &Quantized,
-    out: &mut [u8],
     scratch: &'a mut Vec<f32>,
 ) -> Result<Option<&'a [f32]>> {
-    if out.is_empty() || x.is_empty() {
-        out.fill(0);
+    if q.is_empty() || x.is_empty() {
         return Ok(None);
     }
     if q.spec.input == Input::default() {
@@ -199,17 +224,11 @@ pub(super) fn activations<'a>(
 }
 
 /// Whether a product of these can be written into `out`.
-pub(super) fn check(x: &Tensor, q: &Quantized, dtype: DType, out: &[u8]) -> Result<()> {
+pub(super) fn check(x: &Tensor, q: &Quantized, epilogue: &Epilogue, out: &[u8]) -> Result<()> {
     let shape = matmul_shape(x, &q.shape)?;
-    for (op, dtype) in [("matmul", x.dtype()), ("a matmul's result", dtype)] {
-        if !dtype.is_float() {
-            return Err(Error::UnsupportedDtype {
-                op: op.into(),
-                dtype: dtype.name().into(),
-            });
-        }
-    }
-    let expected = element_count(&shape)? * dtype.size();
+    epilogue::floats("matmul", x.dtype())?;
+    epilogue.check(&shape)?;
+    let expected = element_count(&shape)? * epilogue.dtype.size();
     if out.len() != expected {
         return Err(Error::SizeMismatch {
             what: "bytes of the product".into(),
@@ -220,22 +239,20 @@ pub(super) fn check(x: &Tensor, q: &Quantized, dtype: DType, out: &[u8]) -> Resu
     Ok(())
 }
 
-/// Writes n columns of m sums each as m rows of `dtype`.
-pub(super) fn write_rows(
+/// Writes n columns of m sums each as m rows.
+fn write_rows(
     columns: &[f32],
     (n, m): (usize, usize),
-    dtype: DType,
+    epilogue: &Epilogue,
     out: &mut [u8],
     threads: Threads,
     cancel: &Cancel,
 ) -> Result<()> {
-    if m == 1 {
-        return narrow(dtype, columns, out);
-    }
     let work = |row: &mut Vec<f32>, i: usize, out: &mut [u8]| {
         row.clear();
-        row.extend((0..n).map(|j| columns[j * m + i]));
-        narrow(dtype, row, out)
+        row.extend(columns.iter().skip(i).step_by(m));
+        epilogue.write((i, 0), row, out)
     };
-    threads.chunks(out, n * dtype.size(), cancel, Vec::new, work)
+    let size = n * epilogue.dtype.size();
+    threads.chunks(out, size, cancel, Vec::new, work)
 }

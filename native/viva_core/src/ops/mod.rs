@@ -5,6 +5,7 @@ pub mod batch;
 pub mod cast;
 pub mod dequantize;
 pub mod dump;
+pub mod epilogue;
 pub mod int8;
 pub mod limits;
 pub mod llm_int8;

@@ -9,6 +9,8 @@ use super::{Cancel, pool};
 use crate::error::{Error, Result};
 use crate::format::{Decode, INPUT_SCALE, Quantized};
 use crate::simd::panel::{Form, LINE, Low, ROWS, Scales};
+use crate::simd::product::Transpose;
+use crate::simd::{LANES, dispatch};
 use crate::steps::{Lows, StepForm, Steps};
 use crate::tensor::{Buffer, DType, Tensor};
 
@@ -99,12 +101,16 @@ pub(super) struct Plan {
     cuts: usize,
 }
 
-/// One row on its way into a panel.
+/// Rows on their way into a panel.
 #[derive(Default)]
 pub(super) struct Scratch {
     codes: Vec<u8>,
+    /// Codes with those that fill each group.
+    padded: Vec<u8>,
     scales: Vec<f32>,
     lows: Vec<f32>,
+    /// The four bytes that each row has in a line, line after line.
+    words: Vec<f32>,
 }
 
 impl Plan {
@@ -124,17 +130,23 @@ impl Plan {
             ));
         };
         let form = steps.form();
-        let block = match form.block {
-            usize::MAX => k.max(1),
-            block => block,
-        };
-        if !k.is_multiple_of(block) {
+        if form.block != usize::MAX && !k.is_multiple_of(form.block) {
+            let block = form.block;
             return refused(&format!(
                 "blocks of {block} cross the rows of {k}; multiply with compute f32"
             ));
         }
+        Ok((Plan::new(form, (n, k)), steps))
+    }
+
+    /// The plan of steps of that form, whose blocks do not cross rows.
+    pub fn new(form: StepForm, (n, k): (usize, usize)) -> Plan {
+        let block = match form.block {
+            usize::MAX => k.max(1),
+            block => block,
+        };
         let cuts = block.div_ceil(LONGEST);
-        let plan = Plan {
+        Plan {
             n,
             k,
             form: Form {
@@ -151,8 +163,7 @@ impl Plan {
             steps: form,
             block,
             cuts,
-        };
-        Ok((plan, steps))
+        }
     }
 
     /// Whether f16 holds every scale and bias as it is.
@@ -175,22 +186,57 @@ impl Plan {
         start.min(end)..(start + len).min(end)
     }
 
-    /// Writes one panel, which holds zeros.
+    /// Writes one panel, which holds zeros and begins at a multiple of four bytes.
     pub fn fill(&self, steps: &dyn Steps, index: usize, panel: &mut [u8], scratch: &mut Scratch) {
+        let form = &self.form;
+        let words = form.lines() / LINE;
+        // Whole vectors from the first word of the last group too.
+        let stride = (form.groups * words).next_multiple_of(LANES) + LANES;
         let blocks = self.k / self.block;
         scratch.codes.resize(self.k, 0);
+        scratch.padded.resize(form.groups * form.quads * 4, 0);
         scratch.scales.resize(blocks, 0.0);
         scratch.lows.resize(blocks, 0.0);
-        let rows = index * ROWS..self.n.min((index + 1) * ROWS);
-        for (lane, row) in rows.enumerate() {
-            steps.codes(row, &mut scratch.codes);
-            steps.numbers(row, &mut scratch.scales, &mut scratch.lows);
-            for (g, group) in panel.chunks_exact_mut(self.form.group()).enumerate() {
-                let (header, lines) = group.split_at_mut(self.form.header());
-                let block = g / self.cuts;
-                self.put_numbers(header, lane, scratch.scales[block], scratch.lows[block]);
-                self.put_codes(lines, lane, &scratch.codes[self.columns(g)]);
+        scratch.words.resize(LANES * stride, 0.0);
+        for at in (0..ROWS).step_by(LANES) {
+            let first = index * ROWS + at;
+            for (lane, row) in (first..self.n.min(first + LANES)).enumerate() {
+                steps.codes(row, &mut scratch.codes);
+                steps.numbers(row, &mut scratch.scales, &mut scratch.lows);
+                let padded = scratch.padded.chunks_exact_mut(form.quads * 4);
+                for (group, padded) in padded.enumerate() {
+                    let codes = &scratch.codes[self.columns(group)];
+                    padded[..codes.len()].copy_from_slice(codes);
+                }
+                self.put_codes(&scratch.padded, &mut scratch.words[lane * stride..]);
+                for (g, group) in panel.chunks_exact_mut(form.group()).enumerate() {
+                    let block = g / self.cuts;
+                    let (scale, low) = (scratch.scales[block], scratch.lows[block]);
+                    self.put_numbers(&mut group[..form.header()], at + lane, scale, low);
+                }
             }
+            for (g, group) in panel.chunks_exact_mut(form.group()).enumerate() {
+                dispatch(Transpose {
+                    rows: &scratch.words[g * words..],
+                    stride,
+                    at,
+                    panel: bytemuck::cast_slice_mut(&mut group[form.header()..]),
+                });
+            }
+        }
+    }
+
+    /// Codes as a row's words: four bytes each, or eight halves, the first four of
+    /// them the low ones.
+    fn put_codes(&self, codes: &[u8], words: &mut [f32]) {
+        if !self.form.halves {
+            let words: &mut [u8] = bytemuck::cast_slice_mut(words);
+            return words[..codes.len()].copy_from_slice(codes);
+        }
+        for (word, eight) in words.iter_mut().zip(codes.as_chunks::<8>().0) {
+            let eight = u64::from_le_bytes(*eight);
+            let halves = (eight | eight >> 28) as u32;
+            *word = f32::from_ne_bytes(halves.to_le_bytes());
         }
     }
 
@@ -207,23 +253,6 @@ impl Plan {
             Low::Nothing => {}
             Low::Zeros => lows[lane] = low as u8,
             Low::Biases => put(lows, low),
-        }
-    }
-
-    fn put_codes(&self, lines: &mut [u8], lane: usize, codes: &[u8]) {
-        let (lines, _) = lines.as_chunks_mut::<LINE>();
-        let fours = codes.chunks(4);
-        if !self.form.halves {
-            for (line, four) in lines.iter_mut().zip(fours) {
-                line[4 * lane..][..four.len()].copy_from_slice(four);
-            }
-            return;
-        }
-        for (line, eight) in lines.iter_mut().zip(codes.chunks(8)) {
-            let line = &mut line[4 * lane..][..4];
-            for (i, code) in eight.iter().enumerate() {
-                line[i % 4] |= code << (i / 4 * 4);
-            }
         }
     }
 }

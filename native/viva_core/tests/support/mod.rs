@@ -210,7 +210,7 @@ pub fn product(
 ) -> viva_core::Result<Tensor> {
     let shape = matmul::matmul_shape(x, &q.shape)?;
     let mut out = vec![0u8; shape.iter().product::<usize>() * dtype.size()];
-    matmul::by_name(compute)?(x, q, dtype, &mut out, &Cancel::new())?;
+    matmul::by_name(compute)?(x, q, dtype.into(), &mut out, &Cancel::new())?;
     Tensor::from_slice(dtype, &shape, &out)
 }
 
