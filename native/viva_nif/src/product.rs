@@ -22,7 +22,7 @@ enum Scheduler {
 use Scheduler::{Dirty, Normal};
 
 /// Of the millisecond that a process has at a time, what the largest of the small
-/// products takes.
+/// products takes where weights are packed as they are met, without vectors.
 const SLICE: f32 = 0.2;
 
 /// A tensor of that shape that `fill` writes, over rows of k.

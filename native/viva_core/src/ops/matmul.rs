@@ -31,8 +31,9 @@ use crate::tensor::{Tensor, element_count};
 pub const BATCH: usize = NARROW;
 
 /// Products of numbers that one thread is done with before others would have begun,
-/// whatever the arithmetic: some 0.1 ms where weights are decoded slowest.
-const SMALL: usize = 1 << 17;
+/// and well within a millisecond whatever the format, the arithmetic and the level:
+/// those of one token with 256 rows of 256.
+const SMALL: usize = 1 << 16;
 
 /// What part of the work that the calling thread does alone a product of this shape
 /// is, over rows of k; none where it needs the pool.
