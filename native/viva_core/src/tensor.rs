@@ -7,12 +7,14 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use half::f16;
 use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 use memmap2::MmapMut;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::simd::cast::ToBf16;
+use crate::simd::dispatch;
 use crate::small_float::{E4M3, E4M3_VALUES, E5M2, E5M2_VALUES, e8m0};
 
 #[cfg(target_endian = "big")]
@@ -386,10 +388,10 @@ pub fn narrow(dtype: DType, x: &[f32], out: &mut [u8]) -> Result<()> {
             Ok(slice) => slice.convert_from_f32_slice(x),
             Err(_) => each!(2, f16::from_f32),
         },
-        DType::BF16 => match bytemuck::try_cast_slice_mut::<u8, bf16>(out) {
-            Ok(slice) => slice.convert_from_f32_slice(x),
-            Err(_) => each!(2, bf16::from_f32),
-        },
+        DType::BF16 => dispatch(ToBf16 {
+            x,
+            out: out.as_chunks_mut().0,
+        }),
         DType::F8E4M3 => each!(1, |v| E4M3.encode(v)),
         DType::F8E5M2 => each!(1, |v| E5M2.encode(v)),
         DType::F8E8M0 => each!(1, e8m0::encode),
@@ -405,6 +407,8 @@ pub fn narrow(dtype: DType, x: &[f32], out: &mut [u8]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     #[test]

@@ -11,6 +11,7 @@ use std::marker::PhantomData;
 
 use bytemuck::Pod;
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::error::{Error, Result};
 use crate::format::{
@@ -62,6 +63,19 @@ impl Halves {
             self.too_large = Some(scale);
         }
         half.to_le_bytes()
+    }
+
+    /// The same of sixteen.
+    #[inline(always)]
+    pub(super) fn store_each(&mut self, scales: &[f32; LANES]) -> [[u8; 2]; LANES] {
+        let mut halves = [f16::ZERO; LANES];
+        halves.convert_from_f32_slice(scales);
+        for (half, &scale) in halves.iter().zip(scales) {
+            if !half.is_finite() {
+                self.too_large = Some(scale);
+            }
+        }
+        halves.map(f16::to_le_bytes)
     }
 
     /// Notes scales that are no numbers: sums of squares were past f32.

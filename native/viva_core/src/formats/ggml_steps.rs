@@ -116,8 +116,9 @@ impl StepBlock for Q6K {
 /// Scales and minima of eight sub-blocks.
 fn pairs(pairs: &Pairs, scales: &mut [f32], lows: &mut [f32]) {
     let (d, m) = (widened(pairs.d), widened(pairs.m));
-    for (i, (l, k)) in unpack_pairs(&pairs.packed).into_iter().enumerate() {
-        (scales[i], lows[i]) = (d * f32::from(l), -(m * f32::from(k)));
+    let integers = unpack_pairs(&pairs.packed);
+    for (i, (l, k)) in integers.iter().zip(&integers[8..]).enumerate() {
+        (scales[i], lows[i]) = (d * f32::from(*l), -(m * f32::from(*k)));
     }
 }
 

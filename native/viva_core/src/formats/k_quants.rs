@@ -103,10 +103,13 @@ pub(super) fn unpack_low<const RUN: usize>(packed: &[u8; 128]) -> [u8; 256] {
         .iter()
         .zip(codes.chunks_exact_mut(2 * RUN))
     {
+        // Two loops: one that writes both halves is not vectorized.
         let (low, high) = codes.split_at_mut(RUN);
-        for ((low, high), byte) in low.iter_mut().zip(high).zip(packed) {
-            *low = byte & 15;
-            *high = byte >> 4;
+        for (code, byte) in low.iter_mut().zip(packed) {
+            *code = byte & 15;
+        }
+        for (code, byte) in high.iter_mut().zip(packed) {
+            *code = byte >> 4;
         }
     }
     codes
@@ -228,14 +231,17 @@ impl Block for Q6K {
         for (code, high) in codes.iter_mut().zip(unpack_quarters(&self.high, 4)) {
             *code |= high;
         }
-        let (d, offset) = (widened(self.d), isa.splat(32.0));
+        let (d, offset) = (isa.splat(widened(self.d)), isa.splat(32.0));
+        let mut scales = [0f32; LANES];
+        let integers = isa.int_to_float(isa.load_i8(&self.scales));
+        isa.store(isa.mul(d, integers), &mut scales);
         let subs = codes
             .as_chunks::<LANES>()
             .0
             .iter()
             .zip(out.as_chunks_mut::<LANES>().0);
-        for ((codes, out), l) in subs.zip(self.scales) {
-            let d = isa.splat(d * f32::from(l as i8));
+        for ((codes, out), d) in subs.zip(scales) {
+            let d = isa.splat(d);
             decode_lanes(isa, [*codes], out, |code| isa.mul(d, isa.sub(code, offset)));
         }
     }
@@ -251,15 +257,19 @@ fn pack_pairs(l: [u8; 8], k: [u8; 8]) -> [u8; 12] {
     })
 }
 
+/// All l, then all k.
 #[inline(always)]
-pub(super) fn unpack_pairs(packed: &[u8; 12]) -> [(u8, u8); 8] {
-    std::array::from_fn(|i| match i {
-        0..4 => (packed[i] & 63, packed[i + 4] & 63),
-        _ => (
-            packed[i + 4] & 15 | packed[i - 4] >> 6 << 4,
-            packed[i + 4] >> 4 | packed[i] >> 6 << 4,
-        ),
-    })
+pub(super) fn unpack_pairs(packed: &[u8; 12]) -> [u8; 16] {
+    // Four at a time, a byte each.
+    let (words, _) = packed.as_chunks::<4>();
+    let [a, b, c] = [words[0], words[1], words[2]].map(u32::from_le_bytes);
+    let six = |v: u32| (v & 0x3f3f_3f3f).to_le_bytes();
+    let four_and_two =
+        |low: u32, high: u32| (low & 0x0f0f_0f0f | (high >> 6 & 0x0303_0303) << 4).to_le_bytes();
+    let fours = [six(a), four_and_two(c, a), six(b), four_and_two(c >> 4, b)];
+    let mut pairs = [0u8; 16];
+    pairs.copy_from_slice(fours.as_flattened());
+    pairs
 }
 
 /// Scales of q4_k and q5_k, as they lie before the codes.
@@ -299,13 +309,17 @@ impl Pairs {
     #[inline(always)]
     fn decode<I: Isa>(&self, isa: I, codes: &[u8; 256], out: &mut [f32]) {
         let (d, m) = (widened(self.d), widened(self.m));
+        let integers = isa.int_to_float(isa.load_u8(&unpack_pairs(&self.packed)));
+        let by = std::array::from_fn(|i| if i < 8 { d } else { m });
+        let mut numbers = [0f32; LANES];
+        isa.store(isa.mul(integers, isa.load(&by)), &mut numbers);
         let subs = codes
             .as_chunks::<32>()
             .0
             .iter()
             .zip(out.as_chunks_mut::<32>().0);
-        for ((codes, out), (l, k)) in subs.zip(unpack_pairs(&self.packed)) {
-            let (d, m) = (isa.splat(d * f32::from(l)), isa.splat(m * f32::from(k)));
+        for (i, (codes, out)) in subs.enumerate() {
+            let (d, m) = (isa.splat(numbers[i]), isa.splat(numbers[8 + i]));
             let (codes, _) = codes.as_chunks::<LANES>();
             decode_lanes(isa, [codes[0], codes[1]], out, |code| {
                 isa.sub(isa.mul(d, code), m)

@@ -17,7 +17,7 @@ use super::ggml_blocks::{
 };
 use super::ggml_types::GgmlType;
 use crate::simd::columns::{self, Affine, Columns};
-use crate::simd::stats::absmax;
+use crate::simd::stats::{absmax_each, range_each};
 use crate::simd::{Isa, LANES};
 
 /// The fifth bits of 32 codes, bit i that of element i.
@@ -59,22 +59,41 @@ impl Inverse {
 
     /// Codes of x from code(x, 1/d), cut off at `top`.
     #[inline(always)]
-    fn codes(&self, x: &[f32; 32], top: i32, code: impl Fn(f32, f32) -> f32) -> [u8; 32] {
-        match *self {
-            Inverse::Of(inverse) => x.map(|v| (code(v, inverse) as i32).min(top) as u8),
-            Inverse::Infinite => [0; 32],
+    fn codes<I: Isa>(
+        &self,
+        isa: I,
+        x: &[f32; 32],
+        top: f32,
+        code: impl Fn(I::F, I::F) -> I::F,
+    ) -> [u8; 32] {
+        let mut codes = [0u8; 32];
+        if let Inverse::Of(inverse) = *self {
+            let (inverse, top) = (isa.splat(inverse), isa.splat(top));
+            for (x, out) in x.as_chunks().0.iter().zip(codes.as_chunks_mut().0) {
+                let code = isa.min(code(isa.load(x), inverse), top);
+                isa.store_u8(isa.truncate(code), out);
+            }
         }
+        codes
     }
 }
 
-/// The element of largest magnitude, the first of several.
+/// The element of largest magnitude of up to sixteen blocks, the first of several.
 #[inline(always)]
-fn signed_absmax<I: Isa>(isa: I, x: &[f32; 32]) -> f32 {
-    let most = absmax(isa, x);
-    if most == 0.0 {
-        return 0.0;
+fn signed_absmax_each<I: Isa>(isa: I, x: &[f32]) -> I::F {
+    let (low, high) = range_each(isa, x, 32, &mut isa.splat(0.0));
+    let (mut lows, mut highs, mut signed) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
+    isa.store(low, &mut lows);
+    isa.store(high, &mut highs);
+    let minus_low = isa.sub(isa.splat(0.0), low);
+    isa.store(isa.choose(high, minus_low, high, low), &mut signed);
+    for (i, x) in x.chunks(32).enumerate() {
+        if highs[i] == -lows[i] {
+            let first = x.iter().copied().find(|v| v.abs() == highs[i]);
+            signed[i] = first.filter(|v| *v != 0.0).unwrap_or(0.0);
+        }
     }
-    x.iter().copied().find(|v| v.abs() == most).unwrap_or(most)
+    isa.load(&signed)
 }
 
 /// Least and greatest; of zeros of both signs the first.
@@ -94,13 +113,30 @@ fn range<I: Isa>(isa: I, x: &[f32; 32]) -> (f32, f32) {
     (first_zero(low), first_zero(high))
 }
 
-/// Codes and scale of (code − half) · d.
+/// Codes and scales of (code − half) · d, for up to sixteen blocks.
 #[inline(always)]
-fn symmetric_rtn<I: Isa>(isa: I, x: &[f32; 32], half: f32) -> (f32, [u8; 32]) {
-    let d = signed_absmax(isa, x) / -half;
-    let top = 2 * half as i32 - 1;
-    let codes = Inverse::new(d).codes(x, top, |v, inverse| v * inverse + (half + 0.5));
-    (d, codes)
+fn symmetric_rtn<I: Isa>(
+    isa: I,
+    x: &[f32],
+    half: f32,
+    scales: &mut Halves,
+    mut put: impl FnMut(usize, [u8; 2], [u8; 32]),
+) {
+    let d = isa.div(signed_absmax_each(isa, x), isa.splat(-half));
+    let mut each = [0f32; LANES];
+    isa.store(d, &mut each);
+    let stored = scales.store_each(&each);
+    let add = isa.splat(half + 0.5);
+    for (i, x) in x.as_chunks().0.iter().enumerate() {
+        let codes = Inverse::new(each[i]).codes(
+            isa,
+            x,
+            2.0 * half - 1.0,
+            #[inline(always)]
+            |v, inverse| isa.add(isa.mul(v, inverse), add),
+        );
+        put(i, stored[i], codes);
+    }
 }
 
 /// Codes, scale and least value of code · d + m.
@@ -108,7 +144,14 @@ fn symmetric_rtn<I: Isa>(isa: I, x: &[f32; 32], half: f32) -> (f32, [u8; 32]) {
 fn affine_rtn<I: Isa>(isa: I, x: &[f32; 32], top: f32) -> (f32, f32, [u8; 32]) {
     let (low, high) = range(isa, x);
     let d = (high - low) / top;
-    let codes = Inverse::new(d).codes(x, top as i32, |v, inverse| (v - low) * inverse + 0.5);
+    let (least, half) = (isa.splat(low), isa.splat(0.5));
+    let codes = Inverse::new(d).codes(
+        isa,
+        x,
+        top,
+        #[inline(always)]
+        |v, inverse| isa.add(isa.mul(isa.sub(v, least), inverse), half),
+    );
     (d, low, codes)
 }
 
@@ -153,14 +196,30 @@ impl Block for Q8_0 {
 
     #[inline(always)]
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q8_0], scales: &mut Halves) {
-        for (x, block) in blocks_of(x, out) {
-            let d = absmax(isa, x) / 127.0;
-            // Half away from zero: the truncated sum is a hair short of a half more.
-            block.codes = Inverse::new(d).codes(x, 127, |v, inverse| {
-                let v = v * inverse;
-                v + 0.499_999_97_f32.copysign(v)
-            });
-            block.d = scales.store(d);
+        let (sign, nearly_half) = (isa.splat_u(1 << 31), 0.499_999_97_f32.to_bits());
+        for (x, out) in sixteens(x, out) {
+            let d = isa.div(
+                absmax_each(isa, x, 32, &mut isa.splat(0.0)),
+                isa.splat(127.0),
+            );
+            let mut each = [0f32; LANES];
+            isa.store(d, &mut each);
+            let stored = scales.store_each(&each);
+            for (i, (x, block)) in blocks_of(x, out).enumerate() {
+                // Half away from zero: the truncated sum is a hair short of a half more.
+                block.codes = Inverse::new(each[i]).codes(
+                    isa,
+                    x,
+                    127.0,
+                    #[inline(always)]
+                    |v, inverse| {
+                        let v = isa.mul(v, inverse);
+                        let signs = isa.and(isa.bits(v), sign);
+                        isa.add(v, isa.floats(isa.add_u(signs, isa.splat_u(nearly_half))))
+                    },
+                );
+                block.d = stored[i];
+            }
         }
     }
 
@@ -198,10 +257,18 @@ impl Block for Q4_0 {
 
     #[inline(always)]
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q4_0], scales: &mut Halves) {
-        for (x, block) in blocks_of(x, out) {
-            let (d, codes) = symmetric_rtn(isa, x, 8.0);
-            block.d = scales.store(d);
-            block.codes = pack_halves(&codes);
+        for (x, out) in sixteens(x, out) {
+            symmetric_rtn(
+                isa,
+                x,
+                8.0,
+                scales,
+                #[inline(always)]
+                |i, d, codes| {
+                    out[i].d = d;
+                    out[i].codes = pack_halves(&codes);
+                },
+            );
         }
     }
 
@@ -240,11 +307,19 @@ impl Block for Q5_0 {
 
     #[inline(always)]
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q5_0], scales: &mut Halves) {
-        for (x, block) in blocks_of(x, out) {
-            let (d, codes) = symmetric_rtn(isa, x, 16.0);
-            block.d = scales.store(d);
-            block.high = pack_fifth(&codes);
-            block.codes = pack_halves(&codes);
+        for (x, out) in sixteens(x, out) {
+            symmetric_rtn(
+                isa,
+                x,
+                16.0,
+                scales,
+                #[inline(always)]
+                |i, d, codes| {
+                    out[i].d = d;
+                    out[i].high = pack_fifth(&codes);
+                    out[i].codes = pack_halves(&codes);
+                },
+            );
         }
     }
 

@@ -6,6 +6,7 @@ use super::{CHUNK, Cancel, pool};
 use crate::error::{Error, Result};
 use crate::format::Quantized;
 use crate::method::input;
+use crate::simd::memory;
 use crate::tensor::{DType, narrow};
 
 /// Bytes that [`dequantize_into`] writes.
@@ -34,6 +35,7 @@ pub fn dequantize_into(q: &Quantized, dtype: DType, out: &mut [u8], cancel: &Can
         });
     }
     let decoder = input::decoder(q)?;
+    memory::use_huge_pages(out);
     let size = dtype.size();
     pool::run(|| {
         out.par_chunks_mut(CHUNK * size)

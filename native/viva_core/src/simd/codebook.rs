@@ -1,5 +1,6 @@
 //! 4-bit codes into a table of sixteen values.
 
+use super::memory::prefetch;
 use super::runs;
 use super::stats::{absmax_each, stays_zero, together};
 use super::{Isa, LANES, Op};
@@ -288,6 +289,8 @@ impl Op for Encode<'_> {
                     *scale = search.mse(x, absmax[i]);
                     inv = 1.0 / if *scale > LEAST { *scale } else { LEAST };
                 }
+                // Of the next blocks, while these are in the nearest cache.
+                prefetch(x.as_ptr().wrapping_add(span), size_of_val(x));
                 if x.len() == self.block_len {
                     let inv = isa.splat(inv);
                     search.ranks(

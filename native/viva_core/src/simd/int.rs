@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::memory::prefetch;
 use super::runs;
 use super::stats::{absmax_each, range_each, range_with_zero, stays_zero, together};
 use super::{Isa, LANES, Op};
@@ -315,6 +316,9 @@ impl Grid {
     }
 }
 
+/// Elements that are encoded while as many of the next blocks are asked for.
+const STRETCH: usize = 256;
+
 /// How the scale of a block is chosen.
 #[derive(Clone, Copy, Debug)]
 pub enum Choice {
@@ -430,7 +434,12 @@ impl Op for Encode<'_> {
                     (lo - fit.zero, hi - fit.zero)
                 };
                 let ratio = Quotient::new(isa, fit.scale, inverses[i]);
-                Rounding::new(isa, (lo, hi), fit.zero).codes(x, out, ratio);
+                let rounding = Rounding::new(isa, (lo, hi), fit.zero);
+                for (x, out) in x.chunks(STRETCH).zip(out.chunks_mut(STRETCH)) {
+                    // Of the next blocks, while these are in the nearest cache.
+                    prefetch(x.as_ptr().wrapping_add(span), size_of_val(x));
+                    rounding.codes(x, out, ratio);
+                }
             }
         }
         stays_zero(isa, finite)

@@ -9,12 +9,14 @@
 pub mod affine;
 pub mod bf16;
 pub mod bits;
+pub mod cast;
 pub mod codebook;
 pub mod columns;
 pub mod dot;
 pub mod dots;
 pub mod int;
 pub mod limits;
+pub mod memory;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub mod nibble;

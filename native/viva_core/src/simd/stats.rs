@@ -5,24 +5,31 @@ use super::{Isa, LANES, Op};
 const ABS: u32 = 0x7fff_ffff;
 const INFINITE: u32 = 0x7f80_0000;
 
+/// The larger of a magnitude and that of v, as bits.
+#[inline(always)]
+fn larger<I: Isa>(isa: I, most: I::U, v: I::F) -> I::U {
+    isa.max_u(most, isa.and(isa.bits(v), isa.splat_u(ABS)))
+}
+
 /// The largest magnitude. Magnitudes of floats order like their bits, so this
 /// is an integer maximum; a NaN or infinity wins it, which [`IsFinite`] sees.
 #[inline(always)]
 pub fn absmax<I: Isa>(isa: I, x: &[f32]) -> f32 {
-    let mask = isa.splat_u(ABS);
-    let step = |most: I::U, v: I::F| isa.max_u(most, isa.and(isa.bits(v), mask));
     let (chunks, tail) = x.as_chunks::<LANES>();
     let (pairs, single) = chunks.as_chunks::<2>();
     // Two accumulators hide the latency of the maximum.
     let mut most = [isa.splat_u(0); 2];
     for [a, b] in pairs {
-        most = [step(most[0], isa.load(a)), step(most[1], isa.load(b))];
+        most = [
+            larger(isa, most[0], isa.load(a)),
+            larger(isa, most[1], isa.load(b)),
+        ];
     }
     for a in single {
-        most[0] = step(most[0], isa.load(a));
+        most[0] = larger(isa, most[0], isa.load(a));
     }
     if !tail.is_empty() {
-        most[1] = step(most[1], isa.load_part(tail, 0.0));
+        most[1] = larger(isa, most[1], isa.load_part(tail, 0.0));
     }
     let mut lanes = [0u32; LANES];
     isa.store_u(isa.max_u(most[0], most[1]), &mut lanes);
@@ -81,20 +88,19 @@ pub fn stays_zero<I: Isa>(isa: I, finite: I::F) -> bool {
 fn absmax_lanes<I: Isa>(isa: I, x: &[f32], block_len: usize) -> I::F {
     let (vectors, tail) = x.as_chunks::<LANES>();
     if tail.is_empty() && vectors.len() == block_len && block_len.is_multiple_of(LANES) {
-        let mask = isa.splat_u(ABS);
         let mut most = [isa.splat(0.0); LANES];
         for (block, most) in vectors.chunks_exact(block_len / LANES).zip(&mut most) {
             let mut m = isa.splat_u(0);
             for v in block {
-                m = isa.max_u(m, isa.and(isa.bits(isa.load(v)), mask));
+                m = larger(isa, m, isa.load(v));
             }
             *most = isa.floats(m);
         }
-        let mut rows = isa.transpose(most).map(|row| isa.bits(row));
-        for i in 1..LANES {
-            rows[0] = isa.max_u(rows[0], rows[i]);
+        let mut most_each = isa.splat_u(0);
+        for row in isa.transpose(most) {
+            most_each = isa.max_u(most_each, isa.bits(row));
         }
-        return isa.floats(rows[0]);
+        return isa.floats(most_each);
     }
     let mut most = [0f32; LANES];
     for (block, most) in x.chunks(block_len).zip(&mut most) {

@@ -41,6 +41,8 @@ pub trait Isa: Copy {
     fn round_f16(self, v: Self::F) -> Self::F;
     /// Signed integers to floats.
     fn int_to_float(self, v: Self::U) -> Self::F;
+    /// Numbers below 2³¹ to signed integers, toward zero.
+    fn truncate(self, v: Self::F) -> Self::U;
     /// Whole numbers below 2³¹ to signed integers.
     fn float_to_int(self, v: Self::F) -> Self::U;
     /// `table[index]` a lane; indices are below 16.
@@ -206,6 +208,10 @@ impl Isa for Portable {
         v.map(|v| v as i32 as f32)
     }
     #[inline(always)]
+    fn truncate(self, v: Self::F) -> Self::U {
+        v.map(|v| v as i32 as u32)
+    }
+    #[inline(always)]
     fn float_to_int(self, v: Self::F) -> Self::U {
         v.map(|v| v as i32 as u32)
     }
@@ -323,6 +329,7 @@ mod tests {
             let turned = isa.transpose(std::array::from_fn(|i| floats[i % floats.len()]));
             let ints = [
                 isa.float_to_int(whole),
+                isa.truncate(isa.div(whole, isa.splat(3.7))),
                 isa.descend(index, a, b),
                 isa.add_u(x, y),
                 isa.sub_u(x, y),

@@ -115,6 +115,7 @@ impl<const VNNI: bool, const BF16: bool> Isa for Avx512With<VNNI, BF16> {
         }
         fn int_to_float(self, v: __m512i) -> __m512 { _mm512_cvtepi32_ps(v) }
         fn float_to_int(self, v: __m512) -> __m512i { _mm512_cvtps_epi32(v) }
+        fn truncate(self, v: __m512) -> __m512i { _mm512_cvttps_epi32(v) }
         fn lookup(self, table: __m512, index: __m512i) -> __m512 { _mm512_permutexvar_ps(index, table) }
         fn splat_u(self, v: u32) -> __m512i { _mm512_set1_epi32(v as i32) }
         fn bits(self, v: __m512) -> __m512i { _mm512_castps_si512(v) }
@@ -239,6 +240,7 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
         }
         fn int_to_float(self, v: [__m256i; 2]) -> [__m256; 2] { each!(v => _mm256_cvtepi32_ps(v)) }
         fn float_to_int(self, v: [__m256; 2]) -> [__m256i; 2] { each!(v => _mm256_cvtps_epi32(v)) }
+        fn truncate(self, v: [__m256; 2]) -> [__m256i; 2] { each!(v => _mm256_cvttps_epi32(v)) }
         fn lookup(self, table: [__m256; 2], index: [__m256i; 2]) -> [__m256; 2] {
             each!(index => {
                 let low = _mm256_permutevar8x32_ps(table[0], index);

@@ -1,0 +1,33 @@
+//! What memory is told beforehand.
+#![allow(unsafe_code)]
+
+/// Asks for so many bytes from there on, to be read soon; they may lie anywhere. Memory's
+/// own prefetchers stop at the end of each page, and where reading pauses.
+#[inline(always)]
+pub fn prefetch<T>(at: *const T, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..bytes).step_by(64) {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: part of the baseline, and it reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(line)) };
+    }
+    let _ = (at, bytes);
+}
+
+/// Asks for pages of 2 MiB where those bytes have room for them: filling them in costs a
+/// fault for each, and reading and writing fewer look-ups of addresses. A system that has
+/// none refuses, and no harm done.
+pub fn use_huge_pages(bytes: &mut [u8]) {
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 2 << 20;
+        let head = bytes.as_ptr().align_offset(PAGE).min(bytes.len());
+        let pages = (bytes.len() - head) / PAGE * PAGE;
+        if pages > 0 {
+            let start = bytes[head..].as_mut_ptr();
+            // SAFETY: advice about memory that is borrowed for writing; its contents stay.
+            unsafe { libc::madvise(start.cast(), pages, libc::MADV_HUGEPAGE) };
+        }
+    }
+    let _ = bytes;
+}
