@@ -133,7 +133,7 @@ fn tenth_root_inverse<I: Isa>(isa: I, a: I::F) -> I::F {
     // A tenth of the bits is a tenth of the exponent, and roughly of the mantissa.
     const ONE: f32 = 0x3f80_0000 as f32;
     let bits = isa.mul(isa.int_to_float(isa.bits(a)), isa.splat(0.1));
-    let mut y = isa.floats(isa.float_to_int(isa.sub(isa.splat(1.1 * ONE), bits)));
+    let mut y = isa.floats(isa.truncate(isa.sub(isa.splat(1.1 * ONE), bits)));
     let (full, tenth) = (isa.splat(1.1), isa.splat(0.1));
     for _ in 0..4 {
         let y2 = isa.mul(y, y);

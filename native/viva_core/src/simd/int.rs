@@ -217,7 +217,7 @@ impl Grid {
         let zero = round_clamped(isa, zero, self.lo as f32, self.hi as f32);
         (
             scale,
-            isa.float_to_int(isa.choose(scale, nothing, zero, nothing)),
+            isa.truncate(isa.choose(scale, nothing, zero, nothing)),
         )
     }
 

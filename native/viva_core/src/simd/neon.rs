@@ -102,7 +102,6 @@ impl<const DOTS: u8> Isa for NeonWith<DOTS> {
             })
         }
         fn int_to_float(self, v: Ints) -> Floats { each!(v => vcvtq_f32_s32(vreinterpretq_s32_u32(v))) }
-        fn float_to_int(self, v: Floats) -> Ints { each!(v => vreinterpretq_u32_s32(vcvtq_s32_f32(v))) }
         fn truncate(self, v: Floats) -> Ints { each!(v => vreinterpretq_u32_s32(vcvtq_s32_f32(v))) }
         fn lookup(self, table: Floats, index: Ints) -> Floats {
             let [a, b, c, d] = each!(table => vreinterpretq_u8_f32(table));

@@ -43,8 +43,6 @@ pub trait Isa: Copy {
     fn int_to_float(self, v: Self::U) -> Self::F;
     /// Numbers below 2³¹ to signed integers, toward zero.
     fn truncate(self, v: Self::F) -> Self::U;
-    /// Whole numbers below 2³¹ to signed integers.
-    fn float_to_int(self, v: Self::F) -> Self::U;
     /// `table[index]` a lane; indices are below 16.
     fn lookup(self, table: Self::F, index: Self::U) -> Self::F;
 
@@ -212,10 +210,6 @@ impl Isa for Portable {
         v.map(|v| v as i32 as u32)
     }
     #[inline(always)]
-    fn float_to_int(self, v: Self::F) -> Self::U {
-        v.map(|v| v as i32 as u32)
-    }
-    #[inline(always)]
     fn lookup(self, table: Self::F, index: Self::U) -> Self::F {
         index.map(|i| table[i as usize & 15])
     }
@@ -328,7 +322,6 @@ mod tests {
             ];
             let turned = isa.transpose(std::array::from_fn(|i| floats[i % floats.len()]));
             let ints = [
-                isa.float_to_int(whole),
                 isa.truncate(isa.div(whole, isa.splat(3.7))),
                 isa.descend(index, a, b),
                 isa.add_u(x, y),

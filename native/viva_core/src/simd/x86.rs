@@ -114,7 +114,6 @@ impl<const VNNI: bool, const BF16: bool> Isa for Avx512With<VNNI, BF16> {
             _mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
         }
         fn int_to_float(self, v: __m512i) -> __m512 { _mm512_cvtepi32_ps(v) }
-        fn float_to_int(self, v: __m512) -> __m512i { _mm512_cvtps_epi32(v) }
         fn truncate(self, v: __m512) -> __m512i { _mm512_cvttps_epi32(v) }
         fn lookup(self, table: __m512, index: __m512i) -> __m512 { _mm512_permutexvar_ps(index, table) }
         fn splat_u(self, v: u32) -> __m512i { _mm512_set1_epi32(v as i32) }
@@ -239,7 +238,6 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
             each!(v => _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)))
         }
         fn int_to_float(self, v: [__m256i; 2]) -> [__m256; 2] { each!(v => _mm256_cvtepi32_ps(v)) }
-        fn float_to_int(self, v: [__m256; 2]) -> [__m256i; 2] { each!(v => _mm256_cvtps_epi32(v)) }
         fn truncate(self, v: [__m256; 2]) -> [__m256i; 2] { each!(v => _mm256_cvttps_epi32(v)) }
         fn lookup(self, table: [__m256; 2], index: [__m256i; 2]) -> [__m256; 2] {
             each!(index => {
