@@ -133,8 +133,9 @@ pub fn matmul_bf16_into(
     multiply(x, q, Words::bf16(), &epilogue, out, cancel)
 }
 
-/// In 8-bit integers where the weights are made of integers; else in bf16 where the
-/// level in force has instructions for it; else in f32.
+/// Of [`BATCH`] rows or more, in 8-bit integers where the weights are made of
+/// integers; else in bf16 where the level in force has instructions for it. Else in
+/// f32: with fewer rows decoding costs more than multiplying.
 ///
 /// # Errors
 /// Those of [`matmul_into`].
@@ -145,6 +146,9 @@ pub fn matmul_auto_into(
     out: &mut [u8],
     cancel: &Cancel,
 ) -> Result<()> {
+    if x.len() < BATCH * x.row_len() {
+        return matmul_into(x, q, epilogue, out, cancel);
+    }
     match super::int8::matmul_into(x, q, epilogue, out, cancel) {
         // What int8 cannot multiply.
         Err(Error::InvalidOption { .. }) if has_pairs() => {
