@@ -17,7 +17,7 @@ defmodule VivaTensor.FairnessTest do
 
   # Every kind of product: in the calling process or on the pool, by its size.
   defp products do
-    for {n, k} <- [{64, 256}, {1024, 1024}], m <- [1, 9], compute <- [:f32, :int8] do
+    for {n, k} <- [{64, 256}, {512, 512}], m <- [1, 9], compute <- [:f32, :int8] do
       weight = VivaTensor.quantize!(draws([n, k]), :int4)
       weight = if compute == :int8, do: VivaTensor.prepack!(weight), else: weight
       x = draws([m, k])
