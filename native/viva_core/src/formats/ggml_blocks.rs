@@ -21,7 +21,7 @@ use crate::format::{
 use crate::formats::ggml_steps::{Rows, StepBlock};
 use crate::formats::ggml_types::GgmlType;
 use crate::method::mse::ROUND;
-use crate::simd::{Isa, LANES, Op, dispatch};
+use crate::simd::{Isa, LANES, Op, columns, dispatch};
 use crate::steps::{StepForm, Steps};
 use crate::tensor::{DType, element_count};
 
@@ -341,10 +341,24 @@ pub(super) fn nearest(v: f32) -> i32 {
     ((v + ROUND).to_bits() & 0x007f_ffff) as i32 - 0x0040_0000
 }
 
-/// Codes 0…top of (x + add) / d.
+/// What [`nearest`] makes of (x + add) / d, between `lo` and `hi`, plus `shift`.
 #[inline(always)]
-pub(super) fn nearest_codes<const N: usize>(x: &[f32; N], add: f32, d: f32, top: i32) -> [u8; N] {
-    x.map(|v| nearest((v + add) / d).clamp(0, top) as u8)
+pub(super) fn nearest_codes<I: Isa, const N: usize>(
+    isa: I,
+    x: &[f32; N],
+    (add, d): (f32, f32),
+    (lo, hi): (i32, i32),
+    shift: i32,
+) -> [u8; N] {
+    let (add, d) = (isa.splat(add), isa.splat(d));
+    let (lo, hi) = (isa.splat(lo as f32), isa.splat(hi as f32));
+    let mut codes = [0u8; N];
+    for (x, out) in x.as_chunks().0.iter().zip(codes.as_chunks_mut().0) {
+        let v = isa.div(isa.add(isa.load(x), add), d);
+        let code = isa.add(columns::nearest(isa, v, lo, hi), isa.splat(shift as f32));
+        isa.store_u8(isa.truncate(code), out);
+    }
+    codes
 }
 
 /// Sixteen blocks at a time, for the searches of `simd::columns`.

@@ -2,9 +2,8 @@
 
 use super::ggml_blocks::{Block, unpack_halves, widened};
 use super::iq4::{self, Iq4Nl, Iq4Xs};
-use super::k_quants::{
-    Pairs, Q2K, Q3K, Q4K, Q5K, Q6K, add_bits, unpack_low, unpack_pairs, unpack_quarters,
-};
+use super::k_pack::{add_bits, unpack_low, unpack_pairs, unpack_quarters};
+use super::k_quants::{Pairs, Q2K, Q3K, Q4K, Q5K, Q6K};
 use super::q_blocks::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, add_fifth};
 use crate::steps::{Lows, StepForm};
 

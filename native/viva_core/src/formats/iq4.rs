@@ -30,7 +30,17 @@ static BOOK: LazyLock<Codebook> = LazyLock::new(|| Codebook::with_ties_up(&TABLE
 fn rtn_scales<I: Isa>(isa: I, search: Search<I>, x: &[f32]) -> [f32; LANES] {
     let x = Columns::<32>::of(isa, x);
     let numerators = (-7..=7).map(|i| (i - 127) as f32);
-    columns::table(isa, &x, &x.map(|v| v * v), search, numerators)
+    columns::table(
+        isa,
+        &x,
+        &x.map(
+            isa,
+            #[inline(always)]
+            |v| isa.mul(v, v),
+        ),
+        search,
+        numerators,
+    )
 }
 
 /// Equal weights, and the largest element at either end of the table.
@@ -39,7 +49,7 @@ fn mse_scales<I: Isa>(isa: I, search: Search<I>, x: &[f32]) -> [f32; LANES] {
     let x = Columns::<32>::of(isa, x);
     let numerators = (0..32).flat_map(|i| [2 * i - 140, 126 - 2 * i]);
     let numerators = numerators.map(|n| n as f32);
-    columns::table(isa, &x, &x.map(|_| 1.0), search, numerators)
+    columns::table(isa, &x, &Columns::ones(), search, numerators)
 }
 
 /// The codes of x / d.

@@ -20,100 +20,12 @@ use super::ggml_blocks::{
     Block, Halves, blocks_of, decode_lanes, nearest, nearest_codes, type_of, widened,
 };
 use super::ggml_types::GgmlType;
+use super::k_pack::{
+    add_bits, pack_bits, pack_low, pack_pairs, pack_quarters, unpack_low, unpack_pairs,
+    unpack_quarters,
+};
 use crate::simd::columns::{self, Affine, Columns, Found};
 use crate::simd::{Isa, LANES};
-
-/// Two bits of 256 codes, from bit `shift`: of every 128 elements byte i holds
-/// i, i + 32, i + 64 and i + 96.
-#[inline(always)]
-fn pack_quarters(codes: &[u8; 256], shift: u32) -> [u8; 64] {
-    let mut out = [0u8; 64];
-    for (codes, out) in codes
-        .as_chunks::<128>()
-        .0
-        .iter()
-        .zip(out.as_chunks_mut::<32>().0)
-    {
-        for (i, out) in out.iter_mut().enumerate() {
-            let bits = |quarter: usize| (codes[i + 32 * quarter] >> shift & 3) << (2 * quarter);
-            *out = bits(0) | bits(1) | bits(2) | bits(3);
-        }
-    }
-    out
-}
-
-#[inline(always)]
-pub(super) fn unpack_quarters(packed: &[u8; 64], shift: u32) -> [u8; 256] {
-    let mut codes = [0u8; 256];
-    for (packed, codes) in packed
-        .as_chunks::<32>()
-        .0
-        .iter()
-        .zip(codes.as_chunks_mut::<128>().0)
-    {
-        for (quarter, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-            for (code, byte) in codes.iter_mut().zip(packed) {
-                *code = (byte >> (2 * quarter) & 3) << shift;
-            }
-        }
-    }
-    codes
-}
-
-/// One bit of 256 codes: byte i holds that of elements i, i + 32 …
-#[inline(always)]
-fn pack_bits(codes: &[u8; 256], shift: u32) -> [u8; 32] {
-    std::array::from_fn(|i| {
-        let bit = |group: usize| (codes[i + 32 * group] >> shift & 1) << group;
-        (0..8).map(bit).fold(0, |byte, bit| byte | bit)
-    })
-}
-
-#[inline(always)]
-pub(super) fn add_bits(codes: &mut [u8; 256], packed: &[u8; 32], shift: u32) {
-    for (group, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        for (code, byte) in codes.iter_mut().zip(packed) {
-            *code |= (byte >> group & 1) << shift;
-        }
-    }
-}
-
-/// Four low bits: of every `2 · RUN` elements byte i holds i and i + RUN.
-#[inline(always)]
-fn pack_low<const RUN: usize>(codes: &[u8; 256]) -> [u8; 128] {
-    let mut out = [0u8; 128];
-    for (codes, out) in codes
-        .chunks_exact(2 * RUN)
-        .zip(out.as_chunks_mut::<RUN>().0)
-    {
-        let (low, high) = codes.split_at(RUN);
-        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-            *out = low & 15 | high << 4;
-        }
-    }
-    out
-}
-
-#[inline(always)]
-pub(super) fn unpack_low<const RUN: usize>(packed: &[u8; 128]) -> [u8; 256] {
-    let mut codes = [0u8; 256];
-    for (packed, codes) in packed
-        .as_chunks::<RUN>()
-        .0
-        .iter()
-        .zip(codes.chunks_exact_mut(2 * RUN))
-    {
-        // Two loops: one that writes both halves is not vectorized.
-        let (low, high) = codes.split_at_mut(RUN);
-        for (code, byte) in low.iter_mut().zip(packed) {
-            *code = byte & 15;
-        }
-        for (code, byte) in high.iter_mut().zip(packed) {
-            *code = byte >> 4;
-        }
-    }
-    codes
-}
 
 /// Codes of 256 elements in sub-blocks of N. `sub(i, x)` gives the codes of
 /// sub-block i, or none where its scale is zero: those of the search stay.
@@ -179,7 +91,7 @@ fn q6_numerators() -> impl Iterator<Item = f32> {
 
 impl Q6K {
     #[inline(always)]
-    fn fill(&mut self, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
+    fn fill<I: Isa>(&mut self, isa: I, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
         scales.check(&found.scale);
         let largest = signed_largest(&found.scale);
         if largest.abs() < columns::LEAST {
@@ -191,10 +103,19 @@ impl Q6K {
         self.scales = found
             .scale
             .map(|scale| nearest(inverse * scale).min(127) as u8);
-        let codes = recoded(x, found, 0, |i, x| {
-            let d = d * f32::from(self.scales[i] as i8);
-            (d != 0.0).then(|| x.map(|v| (nearest(v / d).clamp(-32, 31) + 32) as u8))
-        });
+        let codes = recoded(
+            x,
+            found,
+            0,
+            #[inline(always)]
+            |i, x| {
+                let d = d * f32::from(self.scales[i] as i8);
+                if d == 0.0 {
+                    return None;
+                }
+                Some(nearest_codes(isa, x, (0.0, d), (-32, 31), 32))
+            },
+        );
         self.low = pack_low::<64>(&codes);
         self.high = pack_quarters(&codes, 4);
     }
@@ -208,9 +129,13 @@ impl Block for Q6K {
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q6K], scales: &mut Halves) {
         for (x, block) in blocks_of(x, out) {
             let columns = Columns::of(isa, x);
-            let weights = columns.map(|v| v * v);
+            let weights = columns.map(
+                isa,
+                #[inline(always)]
+                |v| isa.mul(v, v),
+            );
             let found = columns::symmetric(isa, &columns, &weights, 32.0, q6_numerators());
-            block.fill(x, &found, scales);
+            block.fill(isa, x, &found, scales);
         }
     }
 
@@ -220,8 +145,8 @@ impl Block for Q6K {
             let columns = Columns::of(isa, x);
             let steps = (0..24).map(|i| 33.0 - 0.2 * i as f32);
             let numerators = steps.flat_map(|n| [-n, n - 1.0]);
-            let found = columns::symmetric(isa, &columns, &columns.map(|_| 1.0), 32.0, numerators);
-            block.fill(x, &found, scales);
+            let found = columns::symmetric(isa, &columns, &Columns::ones(), 32.0, numerators);
+            block.fill(isa, x, &found, scales);
         }
     }
 
@@ -247,31 +172,6 @@ impl Block for Q6K {
     }
 }
 
-/// 6-bit scales and 6-bit minima of eight sub-blocks in twelve bytes.
-#[inline(always)]
-fn pack_pairs(l: [u8; 8], k: [u8; 8]) -> [u8; 12] {
-    std::array::from_fn(|i| match i {
-        0..4 => l[i] | l[i + 4] >> 4 << 6,
-        4..8 => k[i - 4] | k[i] >> 4 << 6,
-        _ => l[i - 4] & 15 | (k[i - 4] & 15) << 4,
-    })
-}
-
-/// All l, then all k.
-#[inline(always)]
-pub(super) fn unpack_pairs(packed: &[u8; 12]) -> [u8; 16] {
-    // Four at a time, a byte each.
-    let (words, _) = packed.as_chunks::<4>();
-    let [a, b, c] = [words[0], words[1], words[2]].map(u32::from_le_bytes);
-    let six = |v: u32| (v & 0x3f3f_3f3f).to_le_bytes();
-    let four_and_two =
-        |low: u32, high: u32| (low & 0x0f0f_0f0f | (high >> 6 & 0x0303_0303) << 4).to_le_bytes();
-    let fours = [six(a), four_and_two(c, a), six(b), four_and_two(c >> 4, b)];
-    let mut pairs = [0u8; 16];
-    pairs.copy_from_slice(fours.as_flattened());
-    pairs
-}
-
 /// Scales of q4_k and q5_k, as they lie before the codes.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -284,8 +184,9 @@ pub(super) struct Pairs {
 impl Pairs {
     /// Stores what was found and gives the codes under it.
     #[inline(always)]
-    fn fill(
+    fn fill<I: Isa>(
         &mut self,
+        isa: I,
         x: &[f32; 256],
         found: &Found<32>,
         first_lane: usize,
@@ -300,10 +201,19 @@ impl Pairs {
         self.m = scales.store(m);
         self.packed = pack_pairs(l, k);
         let (d, m) = (widened(self.d), widened(self.m));
-        recoded(x, found, first_lane, |i, x| {
-            let d = d * f32::from(l[i]);
-            (d != 0.0).then(|| nearest_codes(x, m * f32::from(k[i]), d, top))
-        })
+        recoded(
+            x,
+            found,
+            first_lane,
+            #[inline(always)]
+            |i, x| {
+                let d = d * f32::from(l[i]);
+                if d == 0.0 {
+                    return None;
+                }
+                Some(nearest_codes(isa, x, (m * f32::from(k[i]), d), (0, top), 0))
+            },
+        )
     }
 
     #[inline(always)]
@@ -330,8 +240,13 @@ impl Pairs {
 
 /// √mean(x²) + |x|, over each sub-block.
 #[inline(always)]
-fn pair_weights(x: &Columns<32>) -> Columns<32> {
-    x.map_with(x.root_mean_square(), |v, root| root + v.abs())
+fn pair_weights<I: Isa>(isa: I, x: &Columns<32>) -> Columns<32> {
+    let root = x.root_mean_square(isa);
+    x.map(
+        isa,
+        #[inline(always)]
+        |v| isa.add(root, columns::abs(isa, v)),
+    )
 }
 
 const fn ggml_search(top: f32, from: f32, tries: u32, absolute: bool) -> Affine {
@@ -366,8 +281,15 @@ pub struct Q5K {
 
 impl Q5K {
     #[inline(always)]
-    fn fill(&mut self, x: &[f32; 256], found: &Found<32>, lane: usize, scales: &mut Halves) {
-        let codes = self.scales.fill(x, found, lane, 31, scales);
+    fn fill<I: Isa>(
+        &mut self,
+        isa: I,
+        x: &[f32; 256],
+        found: &Found<32>,
+        lane: usize,
+        scales: &mut Halves,
+    ) {
+        let codes = self.scales.fill(isa, x, found, lane, 31, scales);
         self.high = pack_bits(&codes, 4);
         self.low = pack_low::<32>(&codes);
     }
@@ -381,10 +303,10 @@ impl Block for Q5K {
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q5K], scales: &mut Halves) {
         for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
             let columns = Columns::of(isa, x);
-            let weights = pair_weights(&columns);
+            let weights = pair_weights(isa, &columns);
             let found = ggml_search(31.0, -0.5, 15, false).search(isa, &columns, &weights);
             for (i, (x, block)) in blocks_of(x, out).enumerate() {
-                block.fill(x, &found, 8 * i, scales);
+                block.fill(isa, x, &found, 8 * i, scales);
             }
         }
     }
@@ -393,9 +315,9 @@ impl Block for Q5K {
     fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q5K], scales: &mut Halves) {
         for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
             let columns = Columns::of(isa, x);
-            let found = mse_search(31.0).search(isa, &columns, &columns.map(|_| 1.0));
+            let found = mse_search(31.0).search(isa, &columns, &Columns::ones());
             for (i, (x, block)) in blocks_of(x, out).enumerate() {
-                block.fill(x, &found, 8 * i, scales);
+                block.fill(isa, x, &found, 8 * i, scales);
             }
         }
     }
@@ -423,10 +345,10 @@ impl Block for Q4K {
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q4K], scales: &mut Halves) {
         for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
             let columns = Columns::of(isa, x);
-            let weights = pair_weights(&columns);
+            let weights = pair_weights(isa, &columns);
             let found = ggml_search(15.0, -1.0, 20, false).search(isa, &columns, &weights);
             for (i, (x, block)) in blocks_of(x, out).enumerate() {
-                let codes = block.scales.fill(x, &found, 8 * i, 15, scales);
+                let codes = block.scales.fill(isa, x, &found, 8 * i, 15, scales);
                 block.codes = pack_low::<32>(&codes);
             }
         }
@@ -436,9 +358,9 @@ impl Block for Q4K {
     fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q4K], scales: &mut Halves) {
         for (x, out) in x.chunks(512).zip(out.chunks_mut(2)) {
             let columns = Columns::of(isa, x);
-            let found = mse_search(15.0).search(isa, &columns, &columns.map(|_| 1.0));
+            let found = mse_search(15.0).search(isa, &columns, &Columns::ones());
             for (i, (x, block)) in blocks_of(x, out).enumerate() {
-                let codes = block.scales.fill(x, &found, 8 * i, 15, scales);
+                let codes = block.scales.fill(isa, x, &found, 8 * i, 15, scales);
                 block.codes = pack_low::<32>(&codes);
             }
         }
@@ -461,7 +383,7 @@ pub struct Q3K {
 
 impl Q3K {
     #[inline(always)]
-    fn fill(&mut self, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
+    fn fill<I: Isa>(&mut self, isa: I, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
         scales.check(&found.scale);
         let largest = signed_largest(&found.scale);
         let mut l = [0i32; 16];
@@ -482,10 +404,19 @@ impl Q3K {
             self.scales[8 + i % 4] |= l >> 4 << (2 * (i / 4));
         }
         let d = widened(self.d);
-        let codes = recoded(x, found, 0, |i, x| {
-            let d = d * l[i] as f32;
-            (d != 0.0).then(|| x.map(|v| (nearest(v / d).clamp(-4, 3) + 4) as u8))
-        });
+        let codes = recoded(
+            x,
+            found,
+            0,
+            #[inline(always)]
+            |i, x| {
+                let d = d * l[i] as f32;
+                if d == 0.0 {
+                    return None;
+                }
+                Some(nearest_codes(isa, x, (0.0, d), (-4, 3), 4))
+            },
+        );
         self.high = pack_bits(&codes, 2);
         self.low = pack_quarters(&codes, 0);
     }
@@ -509,7 +440,7 @@ impl Block for Q3K {
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q3K], scales: &mut Halves) {
         for (x, block) in blocks_of(x, out) {
             let found = columns::descent(isa, &Columns::of(isa, x), 4.0);
-            block.fill(x, &found, scales);
+            block.fill(isa, x, &found, scales);
         }
     }
 
@@ -519,8 +450,8 @@ impl Block for Q3K {
             let columns = Columns::of(isa, x);
             let steps = (0..24).map(|i| 4.8 - 0.1 * i as f32);
             let numerators = steps.flat_map(|n| [-n, n - 1.0]);
-            let found = columns::symmetric(isa, &columns, &columns.map(|_| 1.0), 4.0, numerators);
-            block.fill(x, &found, scales);
+            let found = columns::symmetric(isa, &columns, &Columns::ones(), 4.0, numerators);
+            block.fill(isa, x, &found, scales);
         }
     }
 
@@ -553,17 +484,26 @@ pub struct Q2K {
 
 impl Q2K {
     #[inline(always)]
-    fn fill(&mut self, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
+    fn fill<I: Isa>(&mut self, isa: I, x: &[f32; 256], found: &Found<16>, scales: &mut Halves) {
         let (d, l) = integers::<16>(&found.scale, 15.0);
         let (m, k) = integers::<16>(&found.low.map(|low| -low), 15.0);
         self.d = scales.store(d);
         self.m = scales.store(m);
         self.scales = std::array::from_fn(|i| l[i] | k[i] << 4);
         let (d, m) = (widened(self.d), widened(self.m));
-        let codes = recoded(x, found, 0, |i, x| {
-            let d = d * f32::from(l[i]);
-            (d != 0.0).then(|| nearest_codes(x, m * f32::from(k[i]), d, 3))
-        });
+        let codes = recoded(
+            x,
+            found,
+            0,
+            #[inline(always)]
+            |i, x| {
+                let d = d * f32::from(l[i]);
+                if d == 0.0 {
+                    return None;
+                }
+                Some(nearest_codes(isa, x, (m * f32::from(k[i]), d), (0, 3), 0))
+            },
+        );
         self.codes = pack_quarters(&codes, 0);
     }
 }
@@ -576,9 +516,13 @@ impl Block for Q2K {
     fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [Q2K], scales: &mut Halves) {
         for (x, block) in blocks_of(x, out) {
             let columns = Columns::of(isa, x);
-            let weights = columns.map(f32::abs);
+            let weights = columns.map(
+                isa,
+                #[inline(always)]
+                |v| columns::abs(isa, v),
+            );
             let found = ggml_search(3.0, -0.5, 15, true).search(isa, &columns, &weights);
-            block.fill(x, &found, scales);
+            block.fill(isa, x, &found, scales);
         }
     }
 
@@ -586,8 +530,8 @@ impl Block for Q2K {
     fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Q2K], scales: &mut Halves) {
         for (x, block) in blocks_of(x, out) {
             let columns = Columns::of(isa, x);
-            let found = mse_search(3.0).search(isa, &columns, &columns.map(|_| 1.0));
-            block.fill(x, &found, scales);
+            let found = mse_search(3.0).search(isa, &columns, &Columns::ones());
+            block.fill(isa, x, &found, scales);
         }
     }
 

@@ -10,6 +10,7 @@ mod ggml_steps;
 pub mod ggml_types;
 pub mod int;
 pub mod iq4;
+mod k_pack;
 pub mod k_quants;
 pub mod mx;
 pub mod nvfp4;

@@ -12,7 +12,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::ggml_blocks::{
-    Block, Halves, blocks_of, decode_lanes, nearest, nearest_codes, pack_halves, sixteens, type_of,
+    Block, Halves, blocks_of, decode_lanes, nearest_codes, pack_halves, sixteens, type_of,
     unpack_halves, widened,
 };
 use super::ggml_types::GgmlType;
@@ -164,7 +164,7 @@ fn symmetric_search<I: Isa>(isa: I, x: &[f32], half: f32) -> [f32; LANES] {
     let span = if half > 16.0 { 2.5 } else { 0.5 * half };
     let steps = (0..24).map(move |i| half + 0.9 - span * i as f32 / 23.0);
     let numerators = steps.flat_map(|n| [-n, n - 1.0]);
-    columns::symmetric(isa, &x, &x.map(|_| 1.0), half, numerators).scale
+    columns::symmetric(isa, &x, &Columns::ones(), half, numerators).scale
 }
 
 /// Scales and least values of least squared error for codes 0…top.
@@ -179,7 +179,7 @@ fn affine_search<I: Isa>(isa: I, x: &[f32], top: f32) -> [(f32, f32); LANES] {
         absolute: false,
         low_at_most_zero: false,
     };
-    let found = affine.search(isa, &x, &x.map(|_| 1.0));
+    let found = affine.search(isa, &x, &Columns::ones());
     std::array::from_fn(|i| (found.scale[i], found.low[i]))
 }
 
@@ -230,7 +230,7 @@ impl Block for Q8_0 {
             for ((x, block), d) in blocks_of(x, out).zip(found) {
                 block.d = scales.store(d);
                 let d = widened(block.d);
-                block.codes = x.map(|v| nearest(v / d).clamp(-128, 127) as u8);
+                block.codes = nearest_codes(isa, x, (0.0, d), (-128, 127), 0);
             }
         }
     }
@@ -279,7 +279,7 @@ impl Block for Q4_0 {
             for ((x, block), d) in blocks_of(x, out).zip(found) {
                 block.d = scales.store(d);
                 let d = widened(block.d);
-                let codes = x.map(|v| (nearest(v / d) + 8).clamp(0, 15) as u8);
+                let codes = nearest_codes(isa, x, (0.0, d), (-8, 7), 8);
                 block.codes = pack_halves(&codes);
             }
         }
@@ -330,7 +330,7 @@ impl Block for Q5_0 {
             for ((x, block), d) in blocks_of(x, out).zip(found) {
                 block.d = scales.store(d);
                 let d = widened(block.d);
-                let codes = x.map(|v| (nearest(v / d) + 16).clamp(0, 31) as u8);
+                let codes = nearest_codes(isa, x, (0.0, d), (-16, 15), 16);
                 block.high = pack_fifth(&codes);
                 block.codes = pack_halves(&codes);
             }
@@ -374,7 +374,8 @@ impl Block for Q4_1 {
             for ((x, block), (d, m)) in blocks_of(x, out).zip(found) {
                 block.d = scales.store(d);
                 block.m = scales.store(m);
-                let codes = nearest_codes(x, -widened(block.m), widened(block.d), 15);
+                let line = (-widened(block.m), widened(block.d));
+                let codes = nearest_codes(isa, x, line, (0, 15), 0);
                 block.codes = pack_halves(&codes);
             }
         }
@@ -419,7 +420,8 @@ impl Block for Q5_1 {
             for ((x, block), (d, m)) in blocks_of(x, out).zip(found) {
                 block.d = scales.store(d);
                 block.m = scales.store(m);
-                let codes = nearest_codes(x, -widened(block.m), widened(block.d), 31);
+                let line = (-widened(block.m), widened(block.d));
+                let codes = nearest_codes(isa, x, line, (0, 31), 0);
                 block.high = pack_fifth(&codes);
                 block.codes = pack_halves(&codes);
             }

@@ -22,10 +22,10 @@ impl<const N: usize> Columns<N> {
         if x.len() == LANES * N && N.is_multiple_of(LANES) {
             let (vectors, _) = x.as_chunks::<LANES>();
             for (i, rows) in columns.chunks_exact_mut(LANES).enumerate() {
-                let square = std::array::from_fn(
-                    #[inline(always)]
-                    |lane| isa.load(&vectors[lane * (N / LANES) + i]),
-                );
+                let mut square = [isa.splat(0.0); LANES];
+                for (v, block) in square.iter_mut().zip(vectors.chunks_exact(N / LANES)) {
+                    *v = isa.load(&block[i]);
+                }
                 for (v, row) in isa.transpose(square).into_iter().zip(rows) {
                     isa.store(v, row);
                 }
@@ -42,29 +42,34 @@ impl<const N: usize> Columns<N> {
 
     /// f of every element.
     #[inline(always)]
-    pub fn map(&self, f: impl Fn(f32) -> f32) -> Columns<N> {
-        Columns(self.0.map(|row| row.map(&f)))
+    pub fn map<I: Isa>(&self, isa: I, f: impl Fn(I::F) -> I::F) -> Columns<N> {
+        let mut out = [[0f32; LANES]; N];
+        for (row, out) in self.0.iter().zip(&mut out) {
+            isa.store(f(isa.load(row)), out);
+        }
+        Columns(out)
     }
 
-    /// f of every element and of what belongs to its lane.
+    /// The same weight for all.
     #[inline(always)]
-    pub fn map_with(&self, lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> Columns<N> {
-        Columns(
-            self.0
-                .map(|row| std::array::from_fn(|i| f(row[i], lanes[i]))),
-        )
+    pub fn ones() -> Columns<N> {
+        Columns([[1.0; LANES]; N])
     }
 
     /// √(Σx² / N) of each lane.
     #[inline(always)]
-    pub fn root_mean_square(&self) -> [f32; LANES] {
-        let mut sums = [0f32; LANES];
+    pub fn root_mean_square<I: Isa>(&self, isa: I) -> I::F {
+        let mut sums = isa.splat(0.0);
         for row in &self.0 {
-            for (sum, v) in sums.iter_mut().zip(row) {
-                *sum += v * v;
-            }
+            let v = isa.load(row);
+            sums = isa.add(sums, isa.mul(v, v));
         }
-        sums.map(|sum| (sum / N as f32).sqrt())
+        let mut roots = [0f32; LANES];
+        isa.store(isa.div(sums, isa.splat(N as f32)), &mut roots);
+        for root in &mut roots {
+            *root = root.sqrt();
+        }
+        isa.load(&roots)
     }
 }
 
@@ -90,8 +95,9 @@ fn lanes<I: Isa>(isa: I, v: I::F) -> [f32; LANES] {
     out
 }
 
+/// |v|.
 #[inline(always)]
-fn abs<I: Isa>(isa: I, v: I::F) -> I::F {
+pub fn abs<I: Isa>(isa: I, v: I::F) -> I::F {
     isa.max(v, isa.sub(isa.splat(0.0), v))
 }
 
@@ -430,7 +436,7 @@ pub fn table<I: Isa, const N: usize>(
 /// The nearest integer within bounds. Quotients have none: ggml takes the low bits of
 /// what is too large.
 #[inline(always)]
-fn nearest<I: Isa>(isa: I, v: I::F, lo: I::F, hi: I::F) -> I::F {
+pub fn nearest<I: Isa>(isa: I, v: I::F, lo: I::F, hi: I::F) -> I::F {
     let bits = isa.bits(isa.add(v, isa.splat(ROUND)));
     let low = isa.and(bits, isa.splat_u(0x007f_ffff));
     let v = isa.int_to_float(isa.sub_u(low, isa.splat_u(0x0040_0000)));
