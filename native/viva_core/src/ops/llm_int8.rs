@@ -19,13 +19,10 @@ use crate::error::{Error, Result};
 use crate::format::{Granularity, Quantized, Scale};
 use crate::simd::dispatch;
 use crate::simd::dot::DotInts;
+use crate::simd::outliers::{Bytes, Look, OUTLIER};
 use crate::simd::product::{Spread, WIDE};
-use crate::simd::vector::round_f16;
 use crate::steps::{Lows, StepForm, Steps};
 use crate::tensor::Tensor;
-
-/// The magnitude from which on an element makes its column an outlier.
-pub const THRESHOLD: f32 = 6.0;
 
 /// 1/127² as bitsandbytes multiplies with it.
 const PER_SQUARE: f32 = 6.200_124e-5;
@@ -125,7 +122,7 @@ impl Weights<'_> {
             let first = block * WIDE;
             for row in first..self.n.min(first + WIDE) {
                 dispatch(DotInts {
-                    x: &a.codes,
+                    x: bytemuck::cast_slice(&a.codes),
                     w: self.row(row),
                     out: &mut dots[..m],
                 });
@@ -164,7 +161,8 @@ impl Steps for Weights<'_> {
 /// Rows of x in 8 bits, and what is too large for that.
 struct Activations {
     k: usize,
-    codes: Vec<i8>,
+    /// Signed bytes.
+    codes: Vec<u8>,
     scales: Vec<f32>,
     /// Outlier columns, and their elements column after column.
     columns: Vec<usize>,
@@ -173,49 +171,37 @@ struct Activations {
 
 impl Activations {
     fn split(x: &[f32], k: usize) -> Activations {
-        let is_outlier = |v: f32| round_f16(v).abs() >= THRESHOLD;
-        let mut outlier = vec![false; k];
-        for row in x.chunks(k) {
-            for (outlier, &v) in outlier.iter_mut().zip(row) {
-                *outlier |= is_outlier(v);
+        let mut most = vec![0f32; k];
+        let rows = x.chunks_exact(k);
+        let look = |x| {
+            let most = &mut most[..];
+            dispatch(Look { x, most })
+        };
+        let scales: Vec<f32> = rows.clone().map(look).collect();
+        let mut codes = vec![0u8; x.len()];
+        for ((x, out), &scale) in rows.zip(codes.chunks_exact_mut(k)).zip(&scales) {
+            if scale > 0.0 {
+                let (most, by) = (&most[..], 127.0 / scale);
+                dispatch(Bytes { x, most, by, out });
             }
         }
-        let columns: Vec<usize> = (0..k).filter(|&c| outlier[c]).collect();
+        let columns: Vec<usize> = (0..k).filter(|&c| most[c] >= OUTLIER).collect();
         let elements = columns.iter().flat_map(|&c| x.iter().skip(c).step_by(k));
-        let mut a = Activations {
+        Activations {
             k,
-            codes: vec![0; x.len()],
-            scales: Vec::with_capacity(x.len() / k),
+            codes,
+            scales,
             kept: elements.copied().collect(),
             columns,
-        };
-        for (row, codes) in x.chunks(k).zip(a.codes.chunks_mut(k)) {
-            // The others of an outlier's column count for the scale.
-            let inside = row.iter().filter(|&&v| !is_outlier(v));
-            let most = inside.fold(0f32, |most, &v| match v.is_nan() || most.is_nan() {
-                true => f32::NAN,
-                false => most.max(round_f16(v).abs()),
-            });
-            a.scales.push(most);
-            if most == 0.0 {
-                continue;
-            }
-            let factor = 127.0 / most;
-            for ((code, &v), &outlier) in codes.iter_mut().zip(row).zip(&outlier) {
-                if !outlier {
-                    *code = (round_f16(v) * factor).round_ties_even() as i8;
-                }
-            }
         }
-        a
     }
 }
 
 impl Codes for Activations {
     fn write(&self, row: usize, columns: Range<usize>, out: &mut [u8]) -> (f32, i32) {
         let codes = &self.codes[row * self.k..][columns];
-        out.copy_from_slice(bytemuck::cast_slice(codes));
-        let sum = codes.iter().map(|&code| i32::from(code)).sum();
+        out.copy_from_slice(codes);
+        let sum = codes.iter().map(|&code| i32::from(code as i8)).sum();
         (self.scales[row], sum)
     }
 }

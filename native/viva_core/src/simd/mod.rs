@@ -20,6 +20,7 @@ pub mod memory;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub mod nibble;
+pub mod outliers;
 pub mod panel;
 pub mod product;
 pub mod runs;
