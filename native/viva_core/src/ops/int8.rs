@@ -102,8 +102,9 @@ fn multiply(
     if m * plan.n * plan.k <= SMALL {
         return job.at_once(epilogue, out, cancel);
     }
-    pool::run(|| match m {
-        BY_TOKENS.. => job.by_tokens(epilogue, out, cancel),
+    pool::run(|| match (m, panels) {
+        // Where panels are made on the way, once for all tokens.
+        (BY_TOKENS.., Panels::Packed(_)) => job.by_tokens(epilogue, out, cancel),
         _ => job
             .by_rows(cancel)?
             .write(epilogue, out, Threads::Pool, cancel),
