@@ -89,6 +89,19 @@ impl Avx512Bf16 {
     }
 }
 
+/// The tree of [`Isa::sum`].
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sum_of_halves(low: __m256, high: __m256) -> f32 {
+    let eight = _mm256_add_ps(low, high);
+    let four = _mm_add_ps(
+        _mm256_castps256_ps128(eight),
+        _mm256_extractf128_ps::<1>(eight),
+    );
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
 impl<const VNNI: bool, const BF16: bool> Isa for Avx512With<VNNI, BF16> {
     type F = __m512;
     type U = __m512i;
@@ -135,6 +148,9 @@ impl<const VNNI: bool, const BF16: bool> Isa for Avx512With<VNNI, BF16> {
         }
         fn store_u(self, v: __m512i, out: &mut [u32; LANES]) { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) }
         fn upper_half(self, v: __m512i) -> __m512i { _mm512_srli_epi32::<16>(v) }
+        fn sum(self, v: __m512) -> f32 {
+            sum_of_halves(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v))
+        }
         fn count(self, index: __m512i, a: __m512, b: __m512) -> __m512i {
             let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b);
             _mm512_mask_sub_epi32(index, above, index, _mm512_set1_epi32(-1))
@@ -294,6 +310,7 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
             _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), v[1])
         }
         fn upper_half(self, v: [__m256i; 2]) -> [__m256i; 2] { each!(v => _mm256_srli_epi32::<16>(v)) }
+        fn sum(self, v: [__m256; 2]) -> f32 { sum_of_halves(v[0], v[1]) }
         fn count(self, index: [__m256i; 2], a: [__m256; 2], b: [__m256; 2]) -> [__m256i; 2] {
             each!(index, a, b => {
                 let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b));
