@@ -124,10 +124,10 @@ class Program:
 
 
 def timed(call, request):
-    """The median over calls that take as long as asked for together; the first does
-    not count, unless it takes that long by itself."""
+    """The median over calls that take as long as asked for together; the first, which
+    finds its memory untouched, does not count unless it takes ten times that long."""
     first = once(call)
-    if first >= request["budget"]:
+    if first >= 10 * request["budget"]:
         return first
     took = []
     while sum(took) < request["budget"]:

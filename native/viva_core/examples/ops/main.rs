@@ -23,6 +23,7 @@ use viva_core::ops::dequantize::{dequantize, dequantize_into, dequantized_len};
 use viva_core::ops::packed::pack;
 use viva_core::ops::quantize::quantize;
 use viva_core::ops::{Cancel, int8, limits, matmul, pool};
+use viva_core::simd::memory::use_huge_pages;
 use viva_core::tensor::{DType, Tensor};
 
 use requests::{
@@ -71,7 +72,10 @@ impl Ops {
 
     fn limit(&self, request: &Value) -> Result<Value> {
         let limit = limits::by_name(text(request, "name")?)?;
-        let mut memory = vec![1f32; self.past_caches / size_of::<f32>()];
+        let mut memory = vec![0f32; self.past_caches / size_of::<f32>()];
+        // As operations have for what is large.
+        use_huge_pages(bytemuck::cast_slice_mut(&mut memory));
+        memory.fill(1.0);
         let Some(work) = limit.probe(&mut memory)? else {
             return Err("the instruction set in force has no such instruction".into());
         };
