@@ -248,9 +248,9 @@ defmodule VivaTensor do
         2⁻⁷ of the sum of the products' magnitudes, about 0.2 % of the result's norm.
         Fewer than eight rows of x are not rounded, as that would save nothing.
       * `:int8` - the default for a `VivaTensor.Packed`, and the only one (`:auto` means
-        it too): each row of
-        x is rounded to 8 bits in groups as long as the weights' blocks, by the
-        group's largest magnitude; products with the codes and their sums are exact.
+        it too): each row of x is rounded to 8 bits in groups as long as the weights'
+        blocks, by the group's largest magnitude; products with the codes and their sums
+        are exact.
         For formats of integers and of tables: `:int8` … `:int2`, `:nf4`, `:fp4`,
         `:mxfp4`, `:nvfp4`, ggml's. The result differs from that of `:f32` by about
         1 % of its norm, for normal numbers. Of a row that holds a NaN or an infinity

@@ -111,4 +111,29 @@ defmodule VivaTensor.BenchTest do
       assert row["program"] =~ ~r/^\S+ \d/
     end
   end
+
+  # The README's rows are some of those of one run.
+  test "the README's figures of speed are those of bench/results/ops.json" do
+    {:ok, %{"rows" => rows}} = "bench/results/ops.json" |> File.read!() |> Native.json_decode()
+    [_, section] = "README.md" |> File.read!() |> String.split("## Speed\n")
+    [section, _] = String.split(section, "\n## ", parts: 2)
+    shown = Regex.scan(~r/^\| ([^|]*\d[^|]*) \| .*\|$/m, section)
+    assert length(shown) >= 8
+
+    for [line, name] <- shown do
+      row = Enum.find(rows, &(&1["operation"] == name and &1["threads"] == 1))
+      assert row, "no row #{inspect(name)} in ops.json"
+      assert line == speed(row)
+    end
+  end
+
+  defp speed(row) do
+    figure = row["ours"]["figure"]
+    figure = rounded(figure, if(figure < 100, do: 1, else: 0))
+    {limit, peer} = {rounded(row["of_limit"], 2), rounded(row["of_best_peer"], 1)}
+
+    "| #{row["operation"]} | #{figure} #{row["unit"]} | #{limit} | #{peer} × #{row["best_peer"]} |"
+  end
+
+  defp rounded(value, decimals), do: :erlang.float_to_binary(value * 1.0, decimals: decimals)
 end
