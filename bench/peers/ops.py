@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -58,15 +59,22 @@ def main():
         write_result(
             "ops.json",
             {
-                "command": "python3 bench/peers/ops.py --json",
+                "command": command(arguments),
                 "weight": [COLUMNS, COLUMNS],
-                "repeats": arguments.repeats,
                 "machine": machine(),
                 "versions": installed(),
                 "rows": results,
                 "skipped": skipped,
             },
         )
+
+
+def command(arguments):
+    """What makes the same rows, wherever the virtual environment is."""
+    threads = " ".join(map(str, arguments.threads))
+    rows = f" --rows {shlex.quote(arguments.rows)}" if arguments.rows else ""
+    how = f"--repeats {arguments.repeats} --budget {arguments.budget:g} --threads {threads}"
+    return f"python3 bench/peers/ops.py {how}{rows} --json"
 
 
 def parsed():

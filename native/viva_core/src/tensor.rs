@@ -13,8 +13,9 @@ use memmap2::MmapMut;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::simd::cast::ToBf16;
+use crate::simd::bf16::Narrow;
 use crate::simd::dispatch;
+use crate::simd::memory::use_huge_pages;
 use crate::small_float::{E4M3, E4M3_VALUES, E5M2, E5M2_VALUES, e8m0};
 
 #[cfg(target_endian = "big")]
@@ -161,11 +162,8 @@ impl Buffer {
         LIVE_BYTES.fetch_add(len, Ordering::Relaxed);
         let pages = (len >= PAGES).then(|| MmapMut::map_anon(len));
         let memory = match pages {
-            Some(Ok(pages)) => {
-                // Filling in huge pages costs a fault for 2 MiB instead of for
-                // 4 KiB each; a system that has none refuses, and no harm done.
-                #[cfg(target_os = "linux")]
-                let _ = pages.advise(memmap2::Advice::HugePage);
+            Some(Ok(mut pages)) => {
+                use_huge_pages(&mut pages);
                 Memory::Pages(pages)
             }
             _ => Memory::Words(vec![0; len.div_ceil(8)]),
@@ -388,7 +386,7 @@ pub fn narrow(dtype: DType, x: &[f32], out: &mut [u8]) -> Result<()> {
             Ok(slice) => slice.convert_from_f32_slice(x),
             Err(_) => each!(2, f16::from_f32),
         },
-        DType::BF16 => dispatch(ToBf16 {
+        DType::BF16 => dispatch(Narrow {
             x,
             out: out.as_chunks_mut().0,
         }),

@@ -60,7 +60,12 @@ pub fn atom<'a>(env: Env<'a>, name: &str) -> Term<'a> {
 /// A map with atom keys.
 pub fn map<'a>(env: Env<'a>, pairs: &[(&str, Term<'a>)]) -> Term<'a> {
     let pairs: Vec<_> = pairs.iter().map(|(k, v)| (atom(env, k), *v)).collect();
-    Term::map_from_pairs(env, &pairs).unwrap_or_else(|_| atom(env, "nil"))
+    from_pairs(env, &pairs)
+}
+
+/// Only keys that are given twice make no map.
+fn from_pairs<'a>(env: Env<'a>, pairs: &[(impl Encoder, Term<'a>)]) -> Term<'a> {
+    Term::map_from_pairs(env, pairs).unwrap_or_else(|_| atom(env, "nil"))
 }
 
 /// A float, or the atom `infinity`, `neg_infinity` or `nan`.
@@ -102,7 +107,7 @@ pub fn tensor(env: Env, tensor: Tensor) -> Term {
         (keys::dtype(), dtype),
         (keys::shape(), shape),
     ];
-    Term::map_from_pairs(env, &fields).unwrap_or_else(|_| atom(env, "nil"))
+    from_pairs(env, &fields)
 }
 
 /// `%{ref, format, shape, dtype, options, nbytes, bits_per_weight}`.

@@ -245,7 +245,7 @@ fn pair_weights<I: Isa>(isa: I, x: &Columns<32>) -> Columns<32> {
     x.map(
         isa,
         #[inline(always)]
-        |v| isa.add(root, columns::abs(isa, v)),
+        |v| isa.add(root, isa.abs(v)),
     )
 }
 
@@ -519,7 +519,7 @@ impl Block for Q2K {
             let weights = columns.map(
                 isa,
                 #[inline(always)]
-                |v| columns::abs(isa, v),
+                |v| isa.abs(v),
             );
             let found = ggml_search(3.0, -0.5, 15, true).search(isa, &columns, &weights);
             block.fill(isa, x, &found, scales);

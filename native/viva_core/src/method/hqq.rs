@@ -117,7 +117,7 @@ fn round<I: Isa>(
 #[inline(always)]
 fn shrink<I: Isa>(isa: I, e: I::F, beta: f32) -> I::F {
     let nothing = isa.splat(0.0);
-    let magnitude = isa.floats(isa.and(isa.bits(e), isa.splat_u(0x7fff_ffff)));
+    let magnitude = isa.abs(e);
     let root = tenth_root_inverse(isa, magnitude);
     let cube = isa.mul(isa.mul(root, root), root);
     let rest = isa.sub(magnitude, isa.mul(cube, isa.splat(1.0 / beta)));

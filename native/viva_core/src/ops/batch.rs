@@ -102,11 +102,6 @@ impl Blocks {
         }
     }
 
-    /// The sums of each block.
-    pub fn chunks_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
-        self.sums.chunks_exact_mut(WIDE * self.padded)
-    }
-
     /// The sums of so many blocks at a time.
     pub fn par_chunks_mut(
         &mut self,
@@ -115,19 +110,24 @@ impl Blocks {
         self.sums.par_chunks_mut(blocks * WIDE * self.padded)
     }
 
-    /// Calls `work` with the index and the sums of every block.
-    pub fn each(
+    /// Calls `work` with the index and the sums of every block, and with what `room`
+    /// makes once for many; `each` blocks are one task.
+    pub fn each<S>(
         &mut self,
+        each: usize,
         threads: Threads,
         cancel: &Cancel,
-        work: impl Fn(usize, &mut [f32]) + Sync + Send,
+        room: impl Fn() -> S + Sync + Send,
+        work: impl Fn(&mut S, usize, &mut [f32]) + Sync + Send,
     ) -> Result<()> {
         let size = WIDE * self.padded;
-        let work = |_: &mut (), i: usize, sums: &mut [f32]| {
-            work(i, sums);
+        let work = |room: &mut S, task: usize, sums: &mut [f32]| {
+            for (i, sums) in sums.chunks_exact_mut(size).enumerate() {
+                work(room, task * each + i, sums);
+            }
             Ok(())
         };
-        threads.chunks(&mut self.sums, size, cancel, || (), work)
+        threads.chunks(&mut self.sums, each * size, cancel, room, work)
     }
 
     /// Writes the results. Call it inside [`Threads::run`].

@@ -99,15 +99,18 @@ fn multiply(
     let m = x.len() / plan.k;
     let x = &ByGroup { x, k: plan.k };
     let job = Job { x, m, plan, panels };
-    if m * plan.n * plan.k <= SMALL {
-        return job.at_once(epilogue, out, cancel);
-    }
-    pool::run(|| match (m, panels) {
+    let threads = match m * plan.n * plan.k {
+        ..=SMALL => Threads::Caller,
+        _ => Threads::Pool,
+    };
+    threads.run(|| match (m, panels) {
         // Where panels are made on the way, once for all tokens.
-        (BY_TOKENS.., Panels::Packed(_)) => job.by_tokens(epilogue, out, cancel),
+        (BY_TOKENS.., Panels::Packed(_)) if threads == Threads::Pool => {
+            job.by_tokens(epilogue, out, cancel)
+        }
         _ => job
-            .by_rows(cancel)?
-            .write(epilogue, out, Threads::Pool, cancel),
+            .by_rows(threads, cancel)?
+            .write(epilogue, out, threads, cancel),
     })
 }
 
@@ -164,34 +167,15 @@ impl Job<'_> {
         self.plan.form.halves && tokens >= APART
     }
 
-    /// On the calling thread.
-    fn at_once(&self, epilogue: &Epilogue, out: &mut [u8], cancel: &Cancel) -> Result<()> {
+    /// Each task takes some panels, and all tokens.
+    pub fn by_rows(&self, threads: Threads, cancel: &Cancel) -> Result<Blocks> {
         let tiles = self.tiles(0..self.m);
         let mut blocks = Blocks::zeroed(self.plan.n, padded(&tiles));
-        let mut room = Room::default();
-        for (i, sums) in blocks.chunks_mut().enumerate() {
-            self.panel(i, self.m, &mut room).times(&tiles, sums);
-        }
-        blocks.write(epilogue, out, Threads::Caller, cancel)
-    }
-
-    /// Each task takes some panels, and all tokens.
-    pub fn by_rows(&self, cancel: &Cancel) -> Result<Blocks> {
-        let m = self.m;
-        let tiles = self.tiles(0..m);
-        let padded = padded(&tiles);
-        let mut blocks = Blocks::zeroed(self.plan.n, padded);
-        let each = (STRETCH / (self.plan.form.panel() * m)).max(1);
-        blocks.par_chunks_mut(each).enumerate().try_for_each_init(
-            Room::default,
-            |room, (task, stretch)| {
-                cancel.check()?;
-                for (i, sums) in stretch.chunks_exact_mut(ROWS * padded).enumerate() {
-                    self.panel(task * each + i, m, room).times(&tiles, sums);
-                }
-                Ok(())
-            },
-        )?;
+        let each = (STRETCH / (self.plan.form.panel() * self.m)).max(1);
+        let times = |room: &mut Room, i: usize, sums: &mut [f32]| {
+            self.panel(i, self.m, room).times(&tiles, sums);
+        };
+        blocks.each(each, threads, cancel, Room::default, times)?;
         Ok(blocks)
     }
 

@@ -62,16 +62,22 @@ pub fn matmul_into(
                 let plan = &Plan::new(weights.form(), (n, k));
                 let panels = &Panels::Steps(&weights);
                 let x = &a;
-                Job { x, m, plan, panels }.by_rows(cancel)?
+                Job { x, m, plan, panels }.by_rows(threads, cancel)?
             }
         };
-        blocks.each(threads, cancel, |block, sums| {
-            sums.iter_mut().for_each(|sum| *sum *= PER_SQUARE);
-            for (&column, a) in a.columns.iter().zip(a.kept.chunks_exact(m)) {
-                let x = &weights.line(block * WIDE, column)[..];
-                dispatch(Spread { a, x, y: sums });
-            }
-        })?;
+        blocks.each(
+            1,
+            threads,
+            cancel,
+            || (),
+            |_, block, sums| {
+                sums.iter_mut().for_each(|sum| *sum *= PER_SQUARE);
+                for (&column, a) in a.columns.iter().zip(a.kept.chunks_exact(m)) {
+                    let x = &weights.line(block * WIDE, column)[..];
+                    dispatch(Spread { a, x, y: sums });
+                }
+            },
+        )?;
         blocks.write(&epilogue, out, threads, cancel)
     })
 }
@@ -117,21 +123,27 @@ impl Weights<'_> {
     fn dots(&self, a: &Activations, threads: Threads, cancel: &Cancel) -> Result<Blocks> {
         let m = a.scales.len();
         let mut blocks = Blocks::zeroed(self.n, m);
-        blocks.each(threads, cancel, |block, sums| {
-            let mut dots = [0i32; BATCH];
-            let first = block * WIDE;
-            for row in first..self.n.min(first + WIDE) {
-                dispatch(DotInts {
-                    x: bytemuck::cast_slice(&a.codes),
-                    w: self.row(row),
-                    out: &mut dots[..m],
-                });
-                let lines = sums.chunks_exact_mut(WIDE);
-                for ((line, dot), scale) in lines.zip(dots).zip(&a.scales) {
-                    line[row - first] = dot as f32 * (scale * self.absmax[row]);
+        blocks.each(
+            1,
+            threads,
+            cancel,
+            || (),
+            |_, block, sums| {
+                let mut dots = [0i32; BATCH];
+                let first = block * WIDE;
+                for row in first..self.n.min(first + WIDE) {
+                    dispatch(DotInts {
+                        x: bytemuck::cast_slice(&a.codes),
+                        w: self.row(row),
+                        out: &mut dots[..m],
+                    });
+                    let lines = sums.chunks_exact_mut(WIDE);
+                    for ((line, dot), scale) in lines.zip(dots).zip(&a.scales) {
+                        line[row - first] = dot as f32 * (scale * self.absmax[row]);
+                    }
                 }
-            }
-        })?;
+            },
+        )?;
         Ok(blocks)
     }
 }

@@ -91,6 +91,18 @@ impl PairsOp for Pair<'_> {
     }
 }
 
+/// The nearest bf16, ties to even, as f32. Infinities and what is no number stay as
+/// they are.
+#[inline(always)]
+pub fn round_bf16<I: Isa>(isa: I, v: I::F) -> I::F {
+    let bits = isa.bits(v);
+    // Up from a half where the last digit that is kept is odd.
+    let odd = isa.and(isa.upper_half(bits), isa.splat_u(1));
+    let up = isa.add_u(isa.add_u(bits, isa.splat_u(0x7fff)), odd);
+    let rounded = isa.floats(isa.and(up, isa.splat_u(0xffff_0000)));
+    isa.choose(isa.splat(f32::INFINITY), isa.abs(v), rounded, v)
+}
+
 /// Rounds numbers to bf16 and leaves them f32, in a slice whose length is a
 /// multiple of a vector.
 pub struct Round<'a>(pub &'a mut [f32]);
@@ -100,19 +112,31 @@ impl Op for Round<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let infinite = isa.splat(f32::INFINITY);
-        let (magnitude, kept) = (isa.splat_u(0x7fff_ffff), isa.splat_u(0xffff_0000));
-        let (half, one) = (isa.splat_u(0x7fff), isa.splat_u(1));
         for line in self.0.as_chunks_mut::<LANES>().0 {
-            let v = isa.load(line);
-            let bits = isa.bits(v);
-            // Up from a half where the last digit that is kept is odd.
-            let odd = isa.and(isa.upper_half(bits), one);
-            let up = isa.add_u(isa.add_u(bits, half), odd);
-            let rounded = isa.floats(isa.and(up, kept));
-            let size = isa.floats(isa.and(bits, magnitude));
-            // Infinities and what is no number stay as they are.
-            isa.store(isa.choose(infinite, size, rounded, v), line);
+            isa.store(round_bf16(isa, isa.load(line)), line);
+        }
+    }
+}
+
+/// Numbers as bf16, to nearest, ties to even; a NaN stays one.
+pub struct Narrow<'a> {
+    pub x: &'a [f32],
+    /// Little-endian.
+    pub out: &'a mut [[u8; 2]],
+}
+
+impl Op for Narrow<'_> {
+    type Output = ();
+
+    // Integers alone: the compiler's own vectors do.
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) {
+        for (v, out) in self.x.iter().zip(self.out) {
+            let bits = v.to_bits();
+            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+            let quiet = bits >> 16 | 0x40;
+            let nan = bits & 0x7fff_ffff > 0x7f80_0000;
+            *out = (if nan { quiet } else { rounded } as u16).to_le_bytes();
         }
     }
 }
@@ -175,6 +199,29 @@ mod tests {
                 dispatch_at(level, Pair(&mut v));
                 let halves: &[bf16] = bytemuck::cast_slice(&v[..LANES]);
                 assert!(halves.iter().all(|v| v.is_nan()), "{level:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_level_narrows_as_the_definition() {
+        // Every sign and exponent, and mantissas around every kind of tie.
+        let around = [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+        let x: Vec<f32> = (0..=u16::MAX)
+            .flat_map(|high| around.map(|low| f32::from_bits(u32::from(high) << 16 | low)))
+            .collect();
+        for level in levels() {
+            let mut out = vec![[0; 2]; x.len()];
+            dispatch_floats(
+                level,
+                Narrow {
+                    x: &x,
+                    out: &mut out,
+                },
+            );
+            for (v, out) in x.iter().zip(out) {
+                let expected = bf16::from_f32(*v).to_bits();
+                assert_eq!(u16::from_le_bytes(out), expected, "{v:e} at {level:?}");
             }
         }
     }

@@ -95,12 +95,6 @@ fn lanes<I: Isa>(isa: I, v: I::F) -> [f32; LANES] {
     out
 }
 
-/// |v|.
-#[inline(always)]
-pub fn abs<I: Isa>(isa: I, v: I::F) -> I::F {
-    isa.max(v, isa.sub(isa.splat(0.0), v))
-}
-
 /// The nearest integer, ties to even, clamped. NaN gives the least.
 #[inline(always)]
 fn round_clamped<I: Isa>(isa: I, v: I::F, lo: I::F, hi: I::F) -> I::F {
@@ -153,7 +147,7 @@ impl Affine {
         for ((x, w), &code) in x.0.iter().zip(&weights.0).zip(codes) {
             let e = isa.sub(isa.add(isa.mul(scale, code), low), isa.load(x));
             let e = if self.absolute {
-                abs(isa, e)
+                isa.abs(e)
             } else {
                 isa.mul(e, e)
             };
@@ -277,7 +271,7 @@ fn largest<I: Isa, const N: usize>(isa: I, x: &Columns<N>) -> (I::F, I::F) {
     let mut signed = most;
     for x in &x.0 {
         let x = isa.load(x);
-        let magnitude = abs(isa, x);
+        let magnitude = isa.abs(x);
         signed = isa.choose(magnitude, most, x, signed);
         most = isa.choose(magnitude, most, magnitude, most);
     }
@@ -477,7 +471,7 @@ pub fn descent<I: Isa, const N: usize>(isa: I, x: &Columns<N>, half: f32) -> Fou
             // positive sum without it.
             let mut gain = isa.choose(new, old, isa.splat(1.0), zero);
             gain = isa.choose(new_ll, zero, gain, zero);
-            gain = isa.choose(abs(isa, isa.sub(moved, *code)), zero, gain, zero);
+            gain = isa.choose(isa.abs(isa.sub(moved, *code)), zero, gain, zero);
             gain = isa.choose(other_xl, zero, gain, zero);
             *code = isa.choose(gain, zero, moved, *code);
             xl = isa.choose(gain, zero, new_xl, xl);

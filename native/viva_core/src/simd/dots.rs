@@ -42,8 +42,6 @@ pub trait Dots: Isa {
     fn lookup_bytes(self, table: Self::B, index: Self::B) -> Self::B;
     /// sum + Σ(w − LESS)·x over the four bytes of each lane: w unsigned, x signed.
     fn dot(self, sum: Self::U, w: Self::B, x: [i8; 4]) -> Self::U;
-    /// Asks for the cache line that holds that byte, which may lie anywhere.
-    fn prefetch(self, at: *const u8);
 }
 
 /// Four activations as all lanes take them, the first in the low byte.
@@ -141,8 +139,6 @@ impl Dots for Portable {
         }
         sum
     }
-    #[inline(always)]
-    fn prefetch(self, _at: *const u8) {}
 }
 
 #[cfg(test)]
@@ -164,7 +160,6 @@ mod tests {
             let w = isa.load_bytes(self.w);
             let table = isa.load_table(self.table);
             let (low, high) = (isa.low_halves(w), isa.high_halves(w));
-            isa.prefetch(self.w.as_ptr());
             let sum: i32 = self.x.into_iter().map(i32::from).sum();
             let start = isa.splat_u((7 + I::LESS * sum) as u32);
             [w, low, high, isa.lookup_bytes(table, low)].map(|w| {

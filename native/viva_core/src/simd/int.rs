@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::bf16::round_bf16;
 use super::memory::prefetch;
 use super::runs;
 use super::stats::{absmax_each, range_each, range_with_zero, stays_zero, together};
@@ -40,17 +41,12 @@ pub fn round_scale(dtype: DType, scale: f32) -> f32 {
     }
 }
 
-/// The same of sixteen finite scales.
+/// The same of sixteen scales.
 #[inline(always)]
 fn round_scales<I: Isa>(isa: I, dtype: DType, scales: I::F) -> I::F {
     match dtype {
         DType::F16 => isa.round_f16(scales),
-        DType::BF16 => {
-            let bits = isa.bits(scales);
-            let even = isa.and(isa.upper_half(bits), isa.splat_u(1));
-            let up = isa.add_u(isa.add_u(bits, isa.splat_u(0x7fff)), even);
-            isa.floats(isa.and(up, isa.splat_u(0xffff_0000)))
-        }
+        DType::BF16 => round_bf16(isa, scales),
         _ => scales,
     }
 }
@@ -509,8 +505,7 @@ fn round_one<I: Isa>(
     };
     let ratio = isa.div(isa.sub(x, bias), scale);
     // Under a scale of zero all is zero.
-    let size = isa.floats(isa.and(isa.bits(scale), isa.splat_u(0x7fff_ffff)));
-    let ratio = isa.choose(size, nothing, ratio, nothing);
+    let ratio = isa.choose(isa.abs(scale), nothing, ratio, nothing);
     let steps = isa.min(isa.max(ratio, from), to);
     let steps = isa.sub(isa.add(steps, round), round);
     let code = isa.bits(isa.add(isa.add(steps, add), round));

@@ -5,13 +5,21 @@
 /// own prefetchers stop at the end of each page, and where reading pauses.
 #[inline(always)]
 pub fn prefetch<T>(at: *const T, bytes: usize) {
-    #[cfg(target_arch = "x86_64")]
     for line in (0..bytes).step_by(64) {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let line = at.cast::<i8>().wrapping_add(line);
         // SAFETY: part of the baseline, and it reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(line)) };
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(line);
+        }
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        unsafe {
+            core::arch::asm!("prfm pldl1keep, [{line}]", line = in(reg) line, options(readonly, nostack, preserves_flags));
+        }
+        let _ = line;
     }
-    let _ = (at, bytes);
 }
 
 /// Asks for pages of 2 MiB where those bytes have room for them: filling them in costs a

@@ -9,7 +9,6 @@
 pub mod affine;
 pub mod bf16;
 pub mod bits;
-pub mod cast;
 pub mod codebook;
 pub mod columns;
 pub mod dot;

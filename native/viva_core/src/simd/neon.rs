@@ -275,8 +275,5 @@ impl<const DOTS: u8> Dots for NeonWith<DOTS> {
                 }
             }
         }
-        fn prefetch(self, at: *const u8) {
-            asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(readonly, nostack, preserves_flags))
-        }
     }
 }

@@ -7,12 +7,6 @@ use crate::method::mse::ROUND;
 /// column an outlier.
 pub const OUTLIER: f32 = 6.0 - 1.0 / 512.0;
 
-/// The magnitude of each lane.
-#[inline(always)]
-fn magnitude<I: Isa>(isa: I, v: I::F) -> I::F {
-    isa.floats(isa.and(isa.bits(v), isa.splat_u(0x7fff_ffff)))
-}
-
 /// Raises `most` to the magnitudes of a row, column by column: the greatest element
 /// of the row that is no outlier, rounded to f16, or NaN where one is NaN.
 pub struct Look<'a> {
@@ -30,13 +24,13 @@ impl Op for Look<'_> {
         let (lines, tail) = self.x.as_chunks::<LANES>();
         let (mosts, most_tail) = self.most.as_chunks_mut::<LANES>();
         for (x, most) in lines.iter().zip(mosts) {
-            let (size, before) = (magnitude(isa, isa.load(x)), isa.load(most));
+            let (size, before) = (isa.abs(isa.load(x)), isa.load(most));
             isa.store(isa.choose(size, before, size, before), most);
             let counted = isa.choose(outlier, size, size, zero);
             inside = isa.choose(counted, inside, counted, inside);
             greatest = isa.max_u(greatest, isa.bits(size));
         }
-        let size = magnitude(isa, isa.load_part(tail, 0.0));
+        let size = isa.abs(isa.load_part(tail, 0.0));
         let before = isa.load_part(most_tail, 0.0);
         isa.store_part(isa.choose(size, before, size, before), most_tail);
         let counted = isa.choose(outlier, size, size, zero);

@@ -16,6 +16,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::dots::{BYTES, Dots, DotsOp};
+use super::memory::prefetch;
 use super::stats::absmax;
 use super::{Isa, LANES, Op};
 use crate::method::mse::ROUND;
@@ -332,7 +333,7 @@ fn load_line<I: Dots, const V: usize>(isa: I, line: &[u8], early: bool) -> [I::B
     for v in 0..V {
         w[v] = isa.load_bytes(&vectors[v]);
         if early {
-            isa.prefetch(vectors[v].as_ptr().wrapping_add(AHEAD));
+            prefetch(vectors[v].as_ptr().wrapping_add(AHEAD), BYTES);
         }
     }
     w

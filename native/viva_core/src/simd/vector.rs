@@ -63,6 +63,12 @@ pub trait Isa: Copy {
     fn store_u8(self, v: Self::U, out: &mut [u8; LANES]);
     fn store_u(self, v: Self::U, out: &mut [u32; LANES]);
 
+    /// |v|.
+    #[inline(always)]
+    fn abs(self, v: Self::F) -> Self::F {
+        self.floats(self.and(self.bits(v), self.splat_u(0x7fff_ffff)))
+    }
+
     /// The upper half of each lane, as a number.
     #[inline(always)]
     fn upper_half(self, v: Self::U) -> Self::U {

@@ -409,7 +409,6 @@ impl<const VNNI: bool, const BF16: bool> Dots for Avx512With<VNNI, BF16> {
             let sum = _mm512_add_epi32(sum, _mm512_madd_epi16(even, x_even));
             _mm512_add_epi32(sum, _mm512_madd_epi16(odd, x_odd))
         }
-        fn prefetch(self, at: *const u8) { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }
 
@@ -466,6 +465,5 @@ impl<const VNNI: bool> Dots for Avx2With<VNNI> {
                 _mm256_add_epi32(sum, _mm256_madd_epi16(odd, x_odd))
             })
         }
-        fn prefetch(self, at: *const u8) { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }
