@@ -3,6 +3,7 @@ defmodule VivaTensor.JobTest do
   use ExUnit.Case, async: false
 
   import ExUnit.CaptureLog
+  import VivaTensor.Test.Jobs
 
   alias VivaTensor.{Error, Job, Native, Report, Telemetry}
   alias VivaTensor.Test.{Directory, Safetensors}
@@ -11,60 +12,6 @@ defmodule VivaTensor.JobTest do
 
   setup do
     {:ok, dir: Directory.create!()}
-  end
-
-  defp run(opts) do
-    {:ok, job} = Job.start(opts)
-    Job.await(job, 60_000)
-  end
-
-  defp start!(opts) do
-    {:ok, job} = Job.start([notify: self()] ++ opts)
-    job
-  end
-
-  # Runs `fun` in the worker, before its unit touches any data.
-  defp at_unit_start(fun) do
-    id = make_ref()
-
-    :ok =
-      Telemetry.attach(id, [[:viva_tensor, :unit, :start]], fn _, _, unit, _ -> fun.(unit) end)
-
-    on_exit(fn -> Telemetry.detach(id) end)
-  end
-
-  # Workers wait at the start of their unit until they are told to go on.
-  defp hold_units do
-    test = self()
-
-    at_unit_start(fn unit ->
-      send(test, {:holding, self(), unit})
-      receive do: (:go -> :ok)
-    end)
-  end
-
-  defp weights(path, opts \\ []) do
-    Safetensors.write!(path, [
-      {"layers.0.up.weight", "F32", [64, 128], Safetensors.normal(64 * 128, 1)},
-      {"layers.0.down.weight", "F32", [128, 64],
-       128 |> Kernel.*(64) |> Safetensors.normal(2) |> poison(opts[:poison])},
-      {"layers.1.up.weight", "F32", [64, 128], Safetensors.normal(64 * 128, 3)},
-      {"norm.weight", "F32", [64], Safetensors.normal(64, 4)}
-    ])
-  end
-
-  defp poison(bytes, nil), do: bytes
-  defp poison(bytes, what), do: Safetensors.poison(bytes, 77, what)
-
-  defp row(report, name), do: Enum.find(report.tensors, &(&1.name == name))
-
-  # The target and nothing beside it: no temporary output is left.
-  defp assert_only(dir, names), do: assert(dir |> File.ls!() |> Enum.sort() == Enum.sort(names))
-
-  defp digests(dir) do
-    for file <- File.ls!(dir), file != "report.json", into: %{} do
-      {file, :crypto.hash(:sha256, File.read!(Path.join(dir, file)))}
-    end
   end
 
   describe "a job" do
@@ -176,25 +123,6 @@ defmodule VivaTensor.JobTest do
     end
   end
 
-  # Lets all held workers go while `fun` runs.
-  defp release_while(fun) do
-    task = Task.async(fun)
-    release(task)
-  end
-
-  defp release(task) do
-    receive do
-      {:holding, worker, _} ->
-        send(worker, :go)
-        release(task)
-    after
-      5 -> Task.yield(task, 20) |> released(task)
-    end
-  end
-
-  defp released({:ok, result}, _task), do: result
-  defp released(nil, task), do: release(task)
-
   describe "a worker that dies" do
     test "is replaced, and the output is the same", %{dir: dir} do
       calm = Path.join(dir, "calm")
@@ -234,30 +162,28 @@ defmodule VivaTensor.JobTest do
       assert {:ok, %Report{kept: 6}} = release_while(fn -> Job.await(job) end)
     end
 
-    test "again and again fails the job", %{dir: dir} do
+    test "again and again ends as partial, and names the tensor", %{dir: dir} do
       test = self()
-      event = [:viva_tensor, :unit, :exception]
-      :ok = Telemetry.attach("crash", [event], fn _, _, m, _ -> send(test, {:crash, m}) end)
+      events = for what <- [:exception, :quarantine], do: [:viva_tensor, :unit, what]
+      :ok = Telemetry.attach("crash", events, fn [_, _, e], _, m, _ -> send(test, {e, m}) end)
       on_exit(fn -> Telemetry.detach("crash") end)
-
-      at_unit_start(fn unit ->
-        if unit.name =~ "layers.0.self_attn.o_proj", do: Process.exit(self(), :kill)
-      end)
+      name = "model.layers.0.self_attn.o_proj.weight"
+      at_unit_start(fn unit -> if unit.name == name, do: Process.exit(self(), :kill) end)
 
       to = Path.join(dir, "out")
-
-      assert {:error, %Error{reason: {:worker_crashed, details}} = error} =
-               run(source: @model, to: to, format: :nf4)
-
-      assert details == %{
-               work: "model.layers.0.self_attn.o_proj.weight",
-               attempts: 3,
-               reason: ":killed"
-             }
-
-      assert Exception.message(error) =~ "o_proj"
-      for attempt <- 1..3, do: assert_received({:crash, %{attempt: ^attempt, crash: :killed}})
-      assert_only(dir, [])
+      job = start!(source: @model, to: to, format: :nf4)
+      assert {:partial, report} = Job.await(job)
+      why = %{name: name, reason: "its worker died: :killed", attempts: 3}
+      assert report.quarantined == [why]
+      assert report.quantized == 13 and report.files == []
+      for attempt <- 1..3, do: assert_received({:exception, %{attempt: ^attempt, crash: :killed}})
+      assert_received {:quarantine, %{name: ^name, attempts: 3}}
+      assert_received {:viva_tensor_job, ^job, {:quarantined, ^why}}
+      assert Report.table(report) =~ "PARTIAL    1 tensors could not be done"
+      # What is done is kept, and a report with it.
+      assert_only(dir, [".out.partial"])
+      json = File.read!(Path.join(dir, ".out.partial/report.json"))
+      assert {:ok, %{"quarantined" => [%{"name" => ^name}]}} = Native.json_decode(json)
     end
   end
 
@@ -282,7 +208,7 @@ defmodule VivaTensor.JobTest do
       hold_units()
       job = start!(source: @model, to: Path.join(dir, "out"), format: :nf4, max_concurrency: 1)
       assert_receive {:holding, worker, _}
-      assert [_temporary] = File.ls!(dir)
+      assert_only(dir, [".out.partial"])
       monitors = for pid <- [job, worker], do: {pid, Process.monitor(pid)}
 
       Process.exit(job, :kill)
@@ -389,18 +315,18 @@ defmodule VivaTensor.JobTest do
   end
 
   describe "weights that are not finite" do
-    test "fail the job by name", %{dir: dir} do
+    test "are put aside by name", %{dir: dir} do
       for what <- [:nan, :inf, :neg_inf] do
         source = weights(Path.join(dir, "in/model.safetensors"), poison: what)
-        to = Path.join(dir, "out")
+        to = Path.join(dir, "out-#{what}")
 
-        assert {:error, %Error{reason: {:non_finite, details}} = error} =
+        assert {:partial, %Report{quarantined: [aside]} = report} =
                  run(source: source, to: to, format: :nf4)
 
-        assert %{tensor: "layers.0.down.weight", first: 77} = details
-        assert details.nan + details.inf == 1
-        assert Exception.message(error) =~ "layers.0.down.weight"
-        assert_only(dir, ["in"])
+        assert %{name: "layers.0.down.weight", attempts: 3} = aside
+        assert aside.reason =~ "the first at element 77"
+        assert report.quantized == 2 and report.kept == 1
+        refute File.exists?(to)
       end
     end
 

@@ -135,6 +135,23 @@ defmodule VivaTensor.MixTasksTest do
       assert actions["model.layers.1.self_attn.k_proj.weight"] == "quantize"
     end
 
+    test "goes on with what an earlier run left", %{dir: dir} do
+      to = Path.join(dir, "out")
+      argv = [@model, "--to", to, "--format", "int4"]
+      Test.Jobs.interrupt!([source: @model, to: to, format: :int4], 6)
+      assert {4, "", stderr} = task(Quantize, argv)
+      assert stderr =~ "--resume" and stderr =~ "--force"
+      assert {2, "", stderr} = task(Quantize, argv ++ ["--resume", "--block-size", "64"])
+      assert stderr =~ "block_size was 128 and is 64"
+
+      assert {again, {0, stdout, _}} =
+               Test.Jobs.units_done(fn -> task(Quantize, argv ++ ["--resume"]) end)
+
+      assert length(again) == 14
+      assert stdout =~ "quantized  14 tensors"
+      assert File.ls!(dir) == ["out"]
+    end
+
     test "explains wrong usage and exits with 2", %{dir: dir} do
       to = Path.join(dir, "out")
 
@@ -146,7 +163,6 @@ defmodule VivaTensor.MixTasksTest do
             {[@model, "--to", to, "--formt", "nf4"],
              "unknown flag --formt; did you mean --format?"},
             {[@model, "--to", to, "--format", "nf4", "--nodes", "a@b"], "unknown flag --nodes"},
-            {[@model, "--to", to, "--format", "nf4", "--resume"], "unknown flag --resume"},
             {[@model, "--to", to, "--format", "nf4", "--block-size", "big"], ~s(cannot be "big")},
             {[@model, "--to", to, "--format", "nf4", "--threads", "0"], "--threads"},
             {[@model, "--to", to, "--format", "nf5"], "did you mean nf4?"},
@@ -171,7 +187,8 @@ defmodule VivaTensor.MixTasksTest do
       Safetensors.write!(source, [{"up.weight", "F32", [64, 64], bytes}])
       argv = [source, "--to", Path.join(dir, "out"), "--format", "nf4"]
 
-      assert {1, "", stderr} = task(Quantize, argv)
+      assert {1, stdout, stderr} = task(Quantize, argv)
+      assert stdout =~ "PARTIAL    1 tensors"
       assert stderr =~ "up.weight"
       assert stderr =~ "--non-finite keep"
 

@@ -6,10 +6,10 @@ defmodule VivaTensor.CLI do
   | code | meaning |
   |---|---|
   | 0 | done |
-  | 1 | the job failed: a weight with NaN or infinities, a worker that kept dying |
+  | 1 | a tensor could not be done, for example one with NaN, and was put aside |
   | 2 | wrong usage: an unknown flag, format or option |
   | 3 | the source or the statistics cannot be read, or are not what they claim to be |
-  | 4 | the target exists, cannot be written, or the disk is full |
+  | 4 | the target exists or is unfinished, cannot be written, or the disk is full |
   | 130 | cancelled |
   """
 

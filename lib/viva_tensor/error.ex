@@ -31,10 +31,12 @@ defmodule VivaTensor.Error do
   | `:invalid_file` | `path`, `message` |
   | `:invalid_dump` | `message` |
   | `:unknown_tensor` | `name`, `hint` |
-  | `:io` | `path`, `code` (`"enospc"`, `"eacces"`, `"enoent"` …), `message` |
+  | `:io` | `path`, `code` (`"enospc"`, `"eacces"`, `"enoent"`, `"ebusy"` …), `message` |
   | `:cancelled` | |
   | `:missing_statistics` | `layers` |
   | `:already_quantized` | `quant_method` |
+  | `:changed` | `changes`: each with `what` and `how` |
+  | `:unfinished`, `:nothing_to_resume` | `path` |
   | `:worker_crashed` | `work`, `attempts`, `reason` |
   | `:timeout` | `milliseconds` |
   | `:no_job` | `reason` |

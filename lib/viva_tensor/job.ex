@@ -21,8 +21,21 @@ defmodule VivaTensor.Job do
   (`VivaTensor.Recipe`), or what it is converted to (`VivaTensor.Conversion`), runs
   one unit for each tensor in a worker process of its
   own, and writes a directory that appears under its name only when it is complete
-  and synced. A worker that dies is replaced; a failed or cancelled job leaves
-  nothing behind; so does one that is killed.
+  and synced.
+
+  ## Nothing is lost
+
+  Until then it is filled under a hidden name beside it, `.NAME.partial`, where a
+  manifest says which units are done: each with hashes of what it was made from and of
+  its bytes, once these are synced. However a job ends, cancelled, killed, with the
+  whole machine or for want of space, `resume/1` goes on with what is there, does again
+  what is not as it was recorded, and ends with the bytes of a job that nothing
+  interrupted.
+
+  A unit whose worker dies, that takes too long, or whose tensor cannot be done, a
+  weight with NaN for example, is tried again and then put aside: the job goes on and
+  ends as `{:partial, report}`. The report names the tensor and the reason. Nothing is
+  published then, and `resume/1` tries those units alone.
 
   ## Messages
 
@@ -32,18 +45,21 @@ defmodule VivaTensor.Job do
   - `{:unit, row}` for each finished unit, see `t:VivaTensor.Report.row/0`
   - `{:kept, %{name: name, reason: reason}}` for a weight with NaN or infinities,
     under `non_finite: :keep`
-  - `{:retry, %{work: what, attempt: n, reason: reason}}` after a worker died
+  - `{:retry, %{work: what, attempt: n, reason: reason}}` after a worker died, took too
+    long (`{:timeout, ms}`) or returned an error
+  - `{:quarantined, %{name: name, reason: text, attempts: n}}`
+  - `{:redo, %{name: name}}` for a unit of an earlier job that is not as it was recorded
   - `{:state, :stopping}`
-  - `{:done, {:ok, report} | {:error, error}}`
+  - `{:done, result}`, as `await/2` returns it
 
   `VivaTensor.Telemetry` has the same story as telemetry events.
   """
 
-  alias VivaTensor.{Error, Report}
-  alias VivaTensor.Job.{Machine, Options, Status}
+  alias VivaTensor.{Error, Native, Report}
+  alias VivaTensor.Job.{Machine, Manifest, Options, Status}
 
   @type job :: pid
-  @type result :: {:ok, Report.t()} | {:error, Error.t()}
+  @type result :: {:ok, Report.t()} | {:partial, Report.t()} | {:error, Error.t()}
 
   @doc """
   Starts a job under the application's supervisor. It outlives the caller.
@@ -51,12 +67,15 @@ defmodule VivaTensor.Job do
   - `:source` - a `.safetensors` or `.gguf` file, a sharded directory with its index, or a
     Hugging Face model directory; required
   - `:to` - the directory to write; required
-  - `:force` - replace `:to` if it exists (`false`)
+  - `:force` - replace `:to` if it exists, and forget what an earlier job left (`false`)
+  - `:resume` - go on with what an earlier job left of the same source and recipe, if
+    there is any (`false`); see `resume/2`
   - `:memory_limit` - bytes in flight over the units that run at once, input and
     output counted (`"512MB"`); a larger unit runs alone
   - `:max_concurrency` - units that run at once (one for each online scheduler)
   - `:max_shard_size` - of the files of the output (`"5GB"`); the gguf layout has
     one file
+  - `:unit_timeout` - milliseconds that a unit may take, or `:infinity` (an hour)
   - `:notify` - a process to keep informed, see above
   - `:recipe` - a `VivaTensor.Recipe`, the name of one with more of its options beside
     it, or a `VivaTensor.Conversion`; without it, all options of a recipe: see
@@ -78,8 +97,44 @@ defmodule VivaTensor.Job do
   end
 
   @doc """
-  Starts a job linked to the caller: it ends, and its output goes, when the caller
-  exits. Takes the options of `start/1`.
+  Starts a job that goes on with what an earlier one left of `to`, with its options
+  and those that are given: the ways in which it runs may be others, and
+  `non_finite: :keep` may be given for weights that were put aside. Statistics that
+  were in memory have to be given again.
+
+  What is there is verified first, and what is not as it was recorded is done again. A
+  source or recipe that is not what it was is refused: the error's reason is
+  `{:changed, %{changes: …}}`.
+  """
+  @spec resume(Path.t(), keyword) :: {:ok, job} | {:error, Error.t()}
+  def resume(to, opts \\ []) do
+    with {:ok, manifest} <- manifest(to),
+         {:ok, records, _at} <- Manifest.read(manifest) do
+      case records do
+        [{:begin, %{options: options}} | _] ->
+          options |> Keyword.merge(opts) |> Keyword.merge(resume: true) |> start()
+
+        [] ->
+          nothing_to_resume(to)
+      end
+    end
+  end
+
+  defp manifest(to) do
+    with nil <- Native.output_manifest(to), do: nothing_to_resume(to), else: (path -> {:ok, path})
+  end
+
+  defp nothing_to_resume(to) do
+    {:error,
+     Error.new(
+       :output,
+       {:nothing_to_resume, %{path: to}},
+       "no job left anything of #{to} to go on with; start one"
+     )}
+  end
+
+  @doc """
+  Starts a job linked to the caller: it ends when the caller exits. Takes the options of `start/1`.
   """
   @spec start_link(keyword | Options.t()) :: {:ok, job} | {:error, Error.t()}
   def start_link(%Options{} = options), do: :gen_statem.start_link(Machine, options, [])
@@ -113,9 +168,9 @@ defmodule VivaTensor.Job do
   def await(job, timeout \\ :infinity), do: call(job, :await, timeout)
 
   @doc """
-  Stops a job and removes what it wrote. Returns its result once it has stopped,
-  which takes no longer than one unit: an error whose reason is `:cancelled`, or
-  the report of a job that was faster.
+  Stops a job. Returns its result once it has stopped, which takes no longer than one
+  unit: an error whose reason is `:cancelled`, or the report of a job that was faster.
+  What is finished stays for `resume/2`.
   """
   @spec cancel(job) :: result
   def cancel(job), do: call(job, :cancel, :infinity)

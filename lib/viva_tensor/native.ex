@@ -23,6 +23,7 @@ defmodule VivaTensor.Native do
     layouts: [],
     cancel_flag: [],
     cancel: [:flag],
+    cancel_calls: [:flag],
     json_encode: [:term, :pretty],
     json_decode: [:text],
     tensor_from_binary_in_place: [:binary, :dtype, :shape],
@@ -73,7 +74,12 @@ defmodule VivaTensor.Native do
     conversion_plan: [:checkpoint, :layout, :dtype, :outer],
     conversion_shard: [:output, :file, :conversion, :names, :checkpoint, :metadata],
     conversion_files: [:conversion, :checkpoint, :kept],
+    output_open: [:target, :force, :protected],
     output_create: [:target, :force, :protected],
+    output_found: [:output],
+    output_manifest: [:target],
+    output_record: [:output, :shards, :at, :records],
+    output_release: [:output],
     output_path: [:output],
     output_carry: [:output, :file, :relative],
     output_write: [:output, :relative, :bytes],
@@ -86,7 +92,11 @@ defmodule VivaTensor.Native do
     shard_name: [:index, :count],
     unit_quantize: [:checkpoint, :name, :spec, :observed, :shard, :cancel],
     unit_keep: [:checkpoint, :name, :spec, :observed, :shard, :cancel],
-    unit_convert: [:checkpoint, :name, :conversion, :shard, :cancel]
+    unit_convert: [:checkpoint, :name, :conversion, :shard, :cancel],
+    unit_verify: [:shard, :parts, :cancel],
+    unit_source_hash: [:checkpoint, :name, :conversion],
+    file_identity: [:path],
+    file_hash: [:path]
   ]
 
   for {name, args} <- stubs do

@@ -90,7 +90,7 @@ defmodule VivaTensor.Recipe do
     them, as strings or as `Regex`
   - `:min_elements` - smaller weights are kept (4096)
   - `:non_finite` - what to do about NaN and infinities in a weight: `:error`
-    fails the job, `:keep` leaves that weight unquantized (`:error`)
+    puts it aside and the job ends as partial, `:keep` leaves it unquantized (`:error`)
   - `:statistics` - what the layers of the model meet, for methods that look at it:
     a `VivaTensor.Calibration` with an entry for each layer, or the file of one. A
     recipe may do without, a job may not.
@@ -257,6 +257,27 @@ defmodule VivaTensor.Recipe do
     }
   end
 
+  @doc """
+  The options that make the recipe again, as plain data. Statistics that are in memory
+  are not among them.
+
+      iex> recipe = VivaTensor.Recipe.new!(:nf4, exclude: ~r/head/i)
+      iex> VivaTensor.Recipe.new!(VivaTensor.Recipe.to_options(recipe)).settings == recipe.settings
+      true
+  """
+  @spec to_options(t) :: keyword
+  def to_options(%__MODULE__{} = recipe) do
+    patterns =
+      for key <- [:include, :exclude] do
+        {key, for(regex <- Map.fetch!(recipe, key), do: {regex.source, Regex.opts(regex)})}
+      end
+
+    statistics = if is_binary(recipe.statistics), do: Path.expand(recipe.statistics)
+
+    [format: recipe.format, layout: recipe.layout, min_elements: recipe.min_elements] ++
+      [non_finite: recipe.non_finite, statistics: statistics] ++ patterns ++ recipe.options
+  end
+
   defp statistics(%Calibration{}), do: "in memory"
   defp statistics(path), do: path
 
@@ -291,8 +312,10 @@ defmodule VivaTensor.Recipe do
 
   defp pattern(%Regex{} = regex), do: {:ok, regex}
 
-  defp pattern(source) when is_binary(source) do
-    with {:error, {reason, at}} <- Regex.compile(source) do
+  defp pattern(source) when is_binary(source), do: pattern({source, []})
+
+  defp pattern({source, opts}) when is_binary(source) do
+    with {:error, {reason, at}} <- Regex.compile(source, opts) do
       {:error, "#{inspect(source)} is no regular expression: #{reason} at position #{at}"}
     end
   end

@@ -28,7 +28,8 @@ defmodule VivaTensor.Report do
     :worst,
     :bytes_per_second,
     :versions,
-    :statistics
+    :statistics,
+    quarantined: []
   ]
 
   @typedoc """
@@ -67,7 +68,13 @@ defmodule VivaTensor.Report do
           optional(:output_error) => float | nil
         }
 
+  @typedoc "A tensor that was put aside, and why the last attempt failed."
+  @type quarantined :: %{name: String.t(), reason: String.t(), attempts: pos_integer}
+
   @typedoc """
+  `quarantined` tensors make a job partial: its output is then not there, `files` are
+  empty and `output_bytes` those of the tensors that are done.
+
   `input_bytes` and `output_bytes` are those of the weight files on disk, `ratio`
   the first over the second, `sqnr_db` that of all quantized weights together, and
   `worst` the quantized tensor with the lowest one. `quantized` are tensors of the
@@ -79,6 +86,7 @@ defmodule VivaTensor.Report do
           target: Path.t(),
           recipe: Recipe.t() | Conversion.t(),
           tensors: [row],
+          quarantined: [quarantined],
           files: [%{name: String.t(), bytes: non_neg_integer}],
           input_bytes: non_neg_integer,
           output_bytes: non_neg_integer,
@@ -101,7 +109,11 @@ defmodule VivaTensor.Report do
     report = struct!(__MODULE__, collected)
     quantized = Enum.filter(report.tensors, &(&1.action == :quantize or &1[:quantized] == true))
     measured = Enum.filter(report.tensors, &(&1.action != :keep))
-    output_bytes = sum(report.files, :bytes)
+
+    output_bytes =
+      if report.files == [],
+        do: sum(report.tensors, :output_bytes),
+        else: sum(report.files, :bytes)
 
     %{
       report
@@ -194,6 +206,7 @@ defmodule VivaTensor.Report do
         []
       end,
       "kept       #{Enum.count(report.tensors, &(&1.action == :keep))} tensors\n",
+      put_aside(report.quarantined),
       time(report)
     ]
   end
@@ -213,7 +226,17 @@ defmodule VivaTensor.Report do
       end,
       "kept       #{report.kept} tensors\n",
       seen(report.statistics),
+      put_aside(report.quarantined),
       time(report)
+    ]
+  end
+
+  defp put_aside([]), do: ""
+
+  defp put_aside(quarantined) do
+    [
+      "PARTIAL    #{length(quarantined)} tensors could not be done; nothing was published\n",
+      for(q <- quarantined, do: "  #{q.name}: #{q.reason} (#{q.attempts} attempts)\n")
     ]
   end
 

@@ -2,7 +2,9 @@ defmodule VivaTensor.Job.FilesTest do
   # What jobs read and write. They share one admission.
   use ExUnit.Case, async: false
 
-  alias VivaTensor.{Error, Job, Report}
+  import VivaTensor.Test.Jobs
+
+  alias VivaTensor.{Error, Report}
   alias VivaTensor.Test.{Directory, Safetensors}
 
   @model "examples/models/viva-tiny"
@@ -11,19 +13,9 @@ defmodule VivaTensor.Job.FilesTest do
     {:ok, dir: Directory.create!()}
   end
 
-  defp run(opts) do
-    {:ok, job} = Job.start(opts)
-    Job.await(job, 60_000)
-  end
-
   defp weight(path) do
     Safetensors.write!(path, [{"up.weight", "F32", [64, 128], Safetensors.normal(64 * 128, 1)}])
   end
-
-  defp row(report, name), do: Enum.find(report.tensors, &(&1.name == name))
-
-  # The target and nothing beside it: no temporary output is left.
-  defp assert_only(dir, names), do: assert(dir |> File.ls!() |> Enum.sort() == Enum.sort(names))
 
   describe "sources" do
     test "that are not there or not what they claim", %{dir: dir} do

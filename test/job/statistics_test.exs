@@ -209,7 +209,8 @@ defmodule VivaTensor.Job.StatisticsTest do
     Safetensors.write!(path, tensors)
     File.cp!(Path.join(@model, "config.json"), Path.join([c.dir, "model", "config.json"]))
     opts = [recipe: :awq, statistics: c.seen, source: Path.dirname(path)]
-    assert {:error, %Error{reason: {:non_finite, _}}} = run(c, "strict", opts)
+    assert {:partial, %{quarantined: [%{name: name}]}} = run(c, "strict", opts)
+    assert name == "#{@layer}.self_attn.k_proj.weight"
     {report, to} = run!(c, "kept", opts ++ [non_finite: :keep])
     assert row(report, "self_attn.k_proj").action == :keep
     assert row(report, "self_attn.q_proj").reason =~ "not finite"

@@ -30,7 +30,9 @@ defmodule Mix.Tasks.Viva.Convert do
     * `--memory-limit 512MB` - bytes in flight
     * `--max-shard-size 5GB` - of the written files
     * `--threads N` - native threads
-    * `--force` - replace DIR if it exists
+    * `--resume` - go on with what an earlier run left of DIR, or begin; refused where
+      SOURCE or what is asked for is not what it was
+    * `--force` - replace DIR if it exists, and forget what an earlier run left
     * `--json` - print the report as JSON
 
   ## Examples
@@ -40,7 +42,8 @@ defmodule Mix.Tasks.Viva.Convert do
       mix viva.convert ~/models/llama-gptq --to llama-bf16 --layout plain --dtype bf16
 
   Progress goes to standard error and the report to standard output. SIGTERM and
-  SIGQUIT (Ctrl-\\) cancel: nothing is left behind. The exit codes are those of
+  SIGQUIT (Ctrl-\\) cancel: what is finished stays beside DIR, in `.DIR.partial`, as it
+  does after a crash, for `--resume` to go on with. The exit codes are those of
   `mix viva.quantize`.
   """
 

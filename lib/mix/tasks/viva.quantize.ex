@@ -40,12 +40,14 @@ defmodule Mix.Tasks.Viva.Quantize do
       spelled on disk; each format has its usual one
     * `--include RE` - also quantize tensors whose name matches; may be repeated
     * `--exclude RE` - keep tensors whose name matches; may be repeated
-    * `--non-finite error|keep` - a weight with NaN or infinities fails the job, or
-      is kept as it is
+    * `--non-finite error|keep` - a weight with NaN or infinities is put aside and the
+      job fails in the end, or it is kept as it is
     * `--memory-limit 512MB` - bytes in flight
     * `--max-shard-size 5GB` - of the written files
     * `--threads N` - native threads
-    * `--force` - replace DIR if it exists
+    * `--resume` - go on with what an earlier run left of DIR, or begin; refused where
+      SOURCE or what is asked for is not what it was
+    * `--force` - replace DIR if it exists, and forget what an earlier run left
     * `--json` - print the report as JSON
 
   ## Recipes
@@ -62,16 +64,19 @@ defmodule Mix.Tasks.Viva.Quantize do
       mix viva.quantize ~/models/llama --to llama-awq --format int4 --method mse --memory-limit 2GB
 
   Progress goes to standard error and the report to standard output. SIGTERM and
-  SIGQUIT (Ctrl-\\) cancel: nothing is left behind.
+  SIGQUIT (Ctrl-\\) cancel: what is finished stays beside DIR, in `.DIR.partial`, as it
+  does after a crash, for `--resume` to go on with.
 
   ## Exit codes
 
     * 0 - done
-    * 1 - the job failed: a weight with NaN or infinities, a worker that kept dying
+    * 1 - a tensor could not be done, for example one with NaN, and was put aside:
+      nothing is published, the rest is kept for `--resume`
     * 2 - wrong usage: an unknown flag, format or option
     * 3 - SOURCE or the statistics cannot be read, are not what they claim to be, or
       lack a layer
-    * 4 - DIR exists, cannot be written, or the disk is full
+    * 4 - DIR exists or is left unfinished by an earlier run, cannot be written, or the
+      disk is full
     * 130 - cancelled
   """
 

@@ -6,6 +6,7 @@ defmodule VivaTensor.CLI.Job do
 
   alias VivaTensor.{CLI, Error, Job, Report}
   alias VivaTensor.CLI.Progress
+  alias VivaTensor.Job.Failure
 
   @tick_ms 100
   @signals [:sigterm, :sighup, :sigquit]
@@ -17,6 +18,7 @@ defmodule VivaTensor.CLI.Job do
     max_shard_size: :string,
     threads: :integer,
     force: :boolean,
+    resume: :boolean,
     json: :boolean
   ]
 
@@ -77,7 +79,12 @@ defmodule VivaTensor.CLI.Job do
 
       {:viva_tensor_job, ^job, {:retry, retry}} ->
         Progress.finish(progress)
-        IO.puts(:stderr, "#{retry.work}: its worker died, attempt #{retry.attempt}")
+        IO.puts(:stderr, "#{retry.work}: #{Failure.text(retry.reason)}; attempt #{retry.attempt}")
+        follow(job, progress)
+
+      {:viva_tensor_job, ^job, {:redo, %{name: name}}} ->
+        Progress.finish(progress)
+        IO.puts(:stderr, "#{name}: not as it was recorded, done again")
         follow(job, progress)
 
       {:viva_tensor_job, ^job, {:kept, kept}} ->
@@ -130,14 +137,33 @@ defmodule VivaTensor.CLI.Job do
   end
 
   defp finish({:ok, report}, _task, flags) do
+    show(report, flags)
+    0
+  end
+
+  defp finish({:partial, report}, task, flags) do
+    show(report, flags)
+
+    for %{name: name, reason: reason} <- report.quarantined do
+      IO.puts(:stderr, "#{task}: #{name}: #{reason}")
+    end
+
+    IO.puts(
+      :stderr,
+      "#{task}: nothing was published; what is done is kept, and --resume tries the rest " <>
+        "again (--non-finite keep leaves weights with NaN as they are)"
+    )
+
+    1
+  end
+
+  defp finish({:error, error}, task, flags), do: CLI.failure(task, error, flags)
+
+  defp show(report, flags) do
     if flags[:json] do
       IO.puts(CLI.json(Report.to_map(report)))
     else
       IO.puts(Report.table(report))
     end
-
-    0
   end
-
-  defp finish({:error, error}, task, flags), do: CLI.failure(task, error, flags)
 end

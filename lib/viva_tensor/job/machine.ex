@@ -6,14 +6,26 @@ defmodule VivaTensor.Job.Machine do
           |           |           |            |          ^
           `-----------`-----------`------------`--> stopping
 
-  All work is done by steps: make the plan, choose the scales of a group of weights,
-  do a unit, finish a shard. Only methods that scale columns have anything to choose. A step
-  waits in the queue until there is a free worker and admission, runs in a worker
-  of its own, and is tried again, a little later, when that worker dies. What a
-  worker returns as an error is final: the same step would fail again.
+  All work is done by steps (`VivaTensor.Job.Step`). Only methods that scale columns
+  have anything to choose in `scaling`. A step waits in the queue until there is a free
+  worker and admission, and runs in a worker of its own. What a finished unit is
+  known again by goes into the manifest (`VivaTensor.Job.Ledger`), and work does not
+  run far ahead of that: a job that is killed has to do again no more than its largest
+  unit for each worker.
 
-  `stopping` waits for the workers of a failed or cancelled job to leave their
-  native calls, which the cancel flag makes soon, before the output is removed.
+  ## What fails
+
+  A worker that dies, a unit that takes longer than `unit_timeout` and a tensor that
+  cannot be done are tried again, a little later each time. A unit that failed three
+  times is put aside and the job goes on, to end as partial. Errors of files end the
+  job: the next unit would meet them too.
+
+  A unit that takes too long is asked to leave by its cancel flag and, if it does not,
+  its worker is killed. The native call may go on after that; its memory stays counted
+  until it returns, and what it still writes is what the next attempt writes there too.
+
+  `stopping` waits for the workers of a failed or cancelled job to leave their native
+  calls, which the cancel flags make soon, and records what is finished.
 
   ## Weights that are not finite
 
@@ -29,35 +41,40 @@ defmodule VivaTensor.Job.Machine do
 
   @behaviour :gen_statem
 
-  alias VivaTensor.{Error, Native, Report, Telemetry}
-  alias VivaTensor.Job.{Admission, Observation, Outputs, Plan, Publication}
-  alias VivaTensor.Job.{Shard, Status, Unit, Workers}
+  alias VivaTensor.{Error, Native, Report}
+  alias VivaTensor.Job.{Admission, Events, Failure, Identity, Ledger, Observation}
+  alias VivaTensor.Job.{Outputs, Publication, Resumption, Shard, Status, Step, Tally}
+  alias VivaTensor.Job.{Worker, Workers}
 
   @attempts 3
   @backoff_ms 50
+  # What a worker has to leave its native call after it was told to.
+  @grace_ms 5_000
+  # What may be done again however small the units are: syncing each of them would take
+  # longer.
+  @small_bytes 256 * 1024
   # A finished job answers for this long; its report is on disk in any case.
   @linger_ms 600_000
 
   defstruct [
     :options,
-    :cancel,
     :started,
     :plan,
+    :identity,
     :output,
     :result,
     :seconds,
+    :recording,
+    ledger: %Ledger{},
+    found: %Resumption{},
+    tally: %Tally{},
     queue: [],
     requested: %{},
     running: %{},
-    shards: %{},
-    rows: %{},
+    largest: 0,
     searches: 0,
     notes: %{},
-    waiting: [],
-    totals: %{tensors: 0, bytes: 0},
-    tensors_done: 0,
-    bytes_done: 0,
-    bytes_written: 0
+    waiting: []
   ]
 
   @impl true
@@ -65,31 +82,19 @@ defmodule VivaTensor.Job.Machine do
 
   @impl true
   def init(options) do
-    # So that terminate/3 runs, and the output goes, when a supervisor or the
+    # So that terminate/3 runs, and the output is let go, when a supervisor or the
     # linked caller ends.
     Process.flag(:trap_exit, true)
-
-    data = %__MODULE__{
-      options: options,
-      cancel: Native.cancel_flag(),
-      started: System.monotonic_time()
-    }
-
-    Telemetry.execute(
-      [:viva_tensor, :job, :start],
-      %{system_time: System.system_time()},
-      metadata(data)
-    )
-
-    {:ok, :planning, enqueue(data, step(:plan, 0)), {:next_event, :internal, :advance}}
+    data = %__MODULE__{options: options, started: System.monotonic_time()}
+    Events.started(options)
+    {:ok, :planning, enqueue(data, Step.new(:plan)), {:next_event, :internal, :advance}}
   end
 
   @impl true
-  def terminate(_reason, _state, %{output: nil}), do: :ok
-
   def terminate(_reason, _state, data) do
-    Native.cancel(data.cancel)
-    Native.output_abort(data.output)
+    for {_ref, step} <- data.running, do: Native.cancel(step.cancel)
+    if data.output, do: Native.output_release(data.output)
+    :ok
   end
 
   @impl true
@@ -124,12 +129,12 @@ defmodule VivaTensor.Job.Machine do
   end
 
   def handle_event(:internal, :publish, :finishing, data) do
-    shards = data.shards |> Map.values() |> Enum.sort_by(& &1.id)
-    rows = for shard <- shards, unit <- shard.units, do: Map.fetch!(data.rows, unit.id)
     data = %{data | seconds: elapsed(data)}
 
-    case Publication.publish(data.output, data.options, data.plan, shards, rows, data.seconds) do
-      {:ok, report} -> conclude({:ok, report}, %{data | output: nil})
+    with :ok <- Identity.same_source(data.identity, data.plan),
+         {:ok, report} <- Publication.publish(data) do
+      conclude({:ok, report}, %{data | output: nil})
+    else
       {:error, error} -> stop({:error, error}, data)
     end
   end
@@ -150,13 +155,42 @@ defmodule VivaTensor.Job.Machine do
   def handle_event(:info, {ref, result}, state, data) when is_map_key(data.running, ref) do
     Process.demonitor(ref, [:flush])
     {step, data} = returned(ref, data)
-    completed(state, step, result, data)
+
+    case {step, result} do
+      {%{overdue: true}, {:error, %Error{reason: {:cancelled, _}}}} -> overdue(state, step, data)
+      _ -> completed(state, step, result, data)
+    end
   end
 
   def handle_event(:info, {:DOWN, ref, :process, _pid, reason}, state, data)
       when is_map_key(data.running, ref) do
-    {step, data} = returned(ref, data)
-    crashed(state, step, reason, data)
+    case returned(ref, data) do
+      {%{overdue: true} = step, data} -> overdue(state, step, data)
+      {step, data} -> failed(state, step, reason, data)
+    end
+  end
+
+  def handle_event(:info, {:overdue, ref}, _state, data) when is_map_key(data.running, ref) do
+    step = data.running[ref]
+    Native.cancel(step.cancel)
+    timer = Process.send_after(self(), {:kill, ref}, @grace_ms)
+    {:keep_state, put_in(data.running[ref], %{step | overdue: true, timer: timer})}
+  end
+
+  def handle_event(:info, {:kill, ref}, _state, data) when is_map_key(data.running, ref) do
+    Process.exit(data.running[ref].pid, :kill)
+    :keep_state_and_data
+  end
+
+  def handle_event(:info, {ref, result}, state, %{recording: ref} = data) when ref != nil do
+    Process.demonitor(ref, [:flush])
+    recorded(state, result, %{data | recording: nil})
+  end
+
+  def handle_event(:info, {:DOWN, ref, _, _, reason}, state, %{recording: ref} = data) do
+    what = {:worker_crashed, %{work: "the manifest", attempts: 1, reason: inspect(reason)}}
+    error = Error.new(:job, what, "the manifest: the worker died of #{inspect(reason)}")
+    recorded(state, {:error, error}, %{data | recording: nil})
   end
 
   def handle_event({:timeout, {:retry, _}}, step, state, data)
@@ -170,19 +204,23 @@ defmodule VivaTensor.Job.Machine do
 
   def handle_event(:state_timeout, :linger, :done, _data), do: {:stop, :normal}
 
+  def handle_event(:state_timeout, :kill, :stopping, data) do
+    for {_ref, step} <- data.running, do: Process.exit(step.pid, :kill)
+    :keep_state_and_data
+  end
+
   # What arrives too late to matter: retries of a stopping job, grants that were
   # withdrawn, the exit of a caller that no longer waits.
   def handle_event(_type, _event, _state, _data), do: :keep_state_and_data
 
   # Steps
 
-  defp step(work, bytes), do: %{work: work, bytes: bytes, attempt: 1, ticket: nil}
-
   defp enqueue(data, step), do: %{data | queue: [step | data.queue]}
 
   defp advance(%{queue: [step | queue]} = data) do
-    if map_size(data.requested) + map_size(data.running) < data.options.max_concurrency do
-      ticket = Admission.request(step.bytes, data.options.memory_limit)
+    if free?(step, data) do
+      step = Step.armed(step)
+      ticket = Admission.request(step.bytes, data.options.memory_limit, step.cancel)
       advance(%{data | queue: queue, requested: Map.put(data.requested, ticket, step)})
     else
       data
@@ -191,33 +229,18 @@ defmodule VivaTensor.Job.Machine do
 
   defp advance(data), do: data
 
-  defp start(%{work: :plan} = step, %{options: options} = data) do
-    {:ok, work(step, data, fn -> Plan.make(options) end)}
+  # There is a worker, and a killed job would not have to do again more than its
+  # largest unit for each of them.
+  defp free?(step, %{options: %{max_concurrency: workers}} = data) do
+    busy = Map.values(data.requested) ++ Map.values(data.running)
+    at_risk = Ledger.unrecorded(data.ledger) + Enum.sum(Enum.map([step | busy], &Step.risk/1))
+    length(busy) < workers and at_risk <= workers * max(data.largest, @small_bytes)
   end
 
-  defp start(%{work: {:unit, unit, id}} = step, data) do
-    # The worker gets these few terms, not the whole plan.
-    %{plan: %{checkpoint: %{ref: checkpoint}, work: work}, cancel: cancel} = data
-    metadata = unit_metadata(step, unit)
-    in_shard(id, step, data, &Unit.run(unit, checkpoint, work, &1, cancel, metadata))
-  end
-
-  defp start(%{work: {:search, group}} = step, data) do
-    %{plan: %{checkpoint: %{ref: checkpoint}, work: {:quantize, spec, observed}}} = data
-    cancel = data.cancel
-
-    {:ok,
-     work(step, data, fn -> Observation.search(observed, checkpoint, spec, group, cancel) end)}
-  end
-
-  defp start(%{work: {:finish, id}} = step, data), do: in_shard(id, step, data, &Shard.finish/1)
-
-  # The first step of a shard creates its file.
-  defp in_shard(id, step, data, fun) do
-    case data.shards |> Map.fetch!(id) |> Shard.open(data.output, data.plan) do
-      {:ok, %{ref: ref} = shard} ->
-        data = %{data | shards: Map.put(data.shards, id, shard)}
-        {:ok, work(step, data, fn -> fun.(ref) end)}
+  defp start(step, data) do
+    case Worker.prepare(step, data) do
+      {:ok, fun, tally} ->
+        {:ok, work(step, %{data | tally: tally}, fun)}
 
       {:error, error} ->
         Admission.release(step.ticket)
@@ -227,122 +250,156 @@ defmodule VivaTensor.Job.Machine do
 
   defp work(step, data, fun) do
     task = Task.Supervisor.async_nolink(Workers, fun)
-    %{data | running: Map.put(data.running, task.ref, step)}
+    timeout = data.options.unit_timeout
+
+    timer =
+      if Step.timed?(step) and timeout != :infinity,
+        do: Process.send_after(self(), {:overdue, task.ref}, timeout)
+
+    %{data | running: Map.put(data.running, task.ref, %{step | pid: task.pid, timer: timer})}
   end
 
   defp returned(ref, data) do
     {step, running} = Map.pop!(data.running, ref)
     Admission.release(step.ticket)
-    {%{step | ticket: nil}, %{data | running: running}}
+    {Step.ended(step), %{data | running: running}}
+  end
+
+  defp completed(:stopping, %{work: {:unit, unit, id}}, {:ok, done}, data) do
+    {_row, data} = unit_done(unit, id, done, data)
+    stopped(data)
   end
 
   defp completed(:stopping, _step, _result, data), do: stopped(data)
 
-  defp completed(:planning, %{work: :plan}, {:ok, plan}, data), do: planned(plan, data)
+  defp completed(:planning, %{work: :plan}, {:ok, {plan, identity}}, data) do
+    planned(%{data | plan: plan, identity: identity})
+  end
+
+  defp completed(:planning, %{work: {:compare, _}}, {:ok, found}, data), do: begin(found, data)
 
   defp completed(:scaling, %{work: {:search, _group}}, {:ok, notes}, data) do
     searched(notes, data)
   end
 
-  defp completed(:scaling, %{work: {:search, group}}, {:error, error}, data) do
-    case {error.reason, data.options.recipe.non_finite} do
-      {{:non_finite, _}, :keep} -> group |> Observation.not_finite() |> searched(data)
-      _ -> stop({:error, error}, data)
+  defp completed(:scaling, %{work: {:search, group}} = step, {:error, error}, data) do
+    case error.reason do
+      {:non_finite, _} -> group |> Observation.not_finite() |> searched(data)
+      _ -> completed(:any, step, {:error, error}, data)
     end
   end
 
-  defp completed(:running, %{work: {:unit, unit, id}}, {:ok, stats}, data) do
-    row = Report.row(unit, stats)
-    notify(data, {:unit, row})
-
-    %{
-      data
-      | rows: Map.put(data.rows, unit.id, row),
-        tensors_done: data.tensors_done + 1,
-        bytes_done: data.bytes_done + unit.input_bytes,
-        bytes_written: data.bytes_written + row.output_bytes
-    }
-    |> update_shard(id, &Shard.unit_done/1)
-    |> settle(id)
+  defp completed(:running, %{work: {:unit, unit, id}}, {:ok, done}, data) do
+    {row, data} = unit_done(unit, id, done, data)
+    Events.notify(data, {:unit, row})
+    settle(data, id)
   end
 
-  defp completed(:running, %{work: {:unit, unit, id}}, {:error, error}, data) do
+  defp completed(:running, %{work: {:unit, unit, id}} = step, {:error, error}, data) do
     case {error.reason, Map.get(data.options.recipe, :non_finite)} do
       {{:non_finite, found}, :keep} ->
-        reason = non_finite(found)
-        notify(data, {:kept, %{name: unit.name, reason: reason}})
-        data |> update_shard(id, &Shard.keep_later(&1, unit, reason)) |> settle(id)
+        reason = Failure.non_finite(found)
+        Events.notify(data, {:kept, %{name: unit.name, reason: reason}})
+
+        %{data | ledger: Ledger.add(data.ledger, {:kept, id, unit.name, reason})}
+        |> keep_later(id, unit, reason)
+
+      {{kind, _}, _} when kind in [:io, :invalid_file, :cancelled] ->
+        stop({:error, Failure.about(error, unit)}, data)
 
       _ ->
-        stop({:error, about(error, unit)}, data)
+        failed(:running, step, error, data)
     end
+  end
+
+  # What an earlier job recorded counts if it is still there.
+  defp completed(:running, %{work: {:recall, unit, id, {:unit, %{row: row}}}}, {:ok, true}, data) do
+    Events.notify(data, {:unit, row})
+    %{data | tally: Tally.done(data.tally, id, unit, row)} |> settle(id)
+  end
+
+  defp completed(:running, %{work: {:recall, unit, id, _found}}, {:ok, false}, data) do
+    Events.notify(data, {:redo, %{name: unit.name}})
+    {:keep_state, data |> enqueue(Step.unit(unit, id)) |> advance()}
+  end
+
+  defp completed(:running, %{work: {:recall, unit, id, _found}}, {:ok, {:kept, reason}}, data) do
+    keep_later(data, id, unit, reason)
   end
 
   defp completed(:running, %{work: {:finish, id}}, {:ok, written}, data) do
-    data = update_shard(data, id, &%{&1 | written: written})
-
-    if Enum.all?(data.shards, fn {_, shard} -> shard.written != nil end) do
-      {:next_state, :finishing, data, {:next_event, :internal, :publish}}
-    else
-      {:keep_state, advance(data)}
-    end
+    %{data | tally: Tally.update(data.tally, id, &%{&1 | written: written})} |> go_on()
   end
 
   defp completed(_state, _step, {:error, error}, data), do: stop({:error, error}, data)
 
-  defp crashed(:stopping, _step, _reason, data), do: stopped(data)
+  defp overdue(state, step, data) do
+    failed(state, step, {:timeout, data.options.unit_timeout}, data)
+  end
 
-  defp crashed(_state, step, reason, data) do
-    again? = step.attempt < @attempts
-    what = what(step)
+  defp failed(:stopping, _step, _reason, data), do: stopped(data)
 
-    with {:unit, unit, _} <- step.work do
-      metadata = Map.put(unit_metadata(step, unit), :crash, reason)
-      Telemetry.execute([:viva_tensor, :unit, :exception], %{duration: 0}, metadata)
+  defp failed(_state, step, reason, data) do
+    Events.failed(step, reason)
+
+    case step do
+      %{attempt: attempt} when attempt < @attempts ->
+        what = %{work: Step.name(step), attempt: attempt + 1, reason: reason}
+        Events.notify(data, {:retry, what})
+        delay = @backoff_ms * 2 ** (attempt - 1)
+        retry = {{:timeout, {:retry, make_ref()}}, delay, Step.again(step)}
+        {:keep_state, advance(data), retry}
+
+      %{work: {:unit, _, _}} ->
+        quarantine(step, reason, data)
+
+      _ ->
+        stop({:error, Failure.final(step, reason)}, data)
     end
+  end
 
-    if again? do
-      notify(data, {:retry, %{work: what, attempt: step.attempt + 1, reason: reason}})
-      delay = @backoff_ms * 2 ** (step.attempt - 1)
-      retry = {{:timeout, {:retry, make_ref()}}, delay, %{step | attempt: step.attempt + 1}}
-      {:keep_state, advance(data), retry}
-    else
-      error =
-        Error.new(
-          :job,
-          {:worker_crashed, %{work: what, attempts: step.attempt, reason: inspect(reason)}},
-          "#{what}: the worker died #{step.attempt} times, at last of #{inspect(reason)}"
-        )
-
-      stop({:error, error}, data)
-    end
+  defp quarantine(step, reason, data) do
+    {:unit, unit, id} = step.work
+    why = %{name: unit.name, reason: Failure.text(reason), attempts: step.attempt}
+    Events.quarantined(data, why)
+    %{data | tally: Tally.put_aside(data.tally, id, unit, why)} |> settle(id)
   end
 
   # Planning
 
-  defp planned(plan, data) do
-    %{to: to, force: force} = data.options
-    units = Enum.concat(plan.shards)
+  defp planned(data) do
+    case Outputs.open(data.options, data.plan.checkpoint.protected) do
+      {:ok, output, {:nothing, _}} ->
+        begin(Resumption.none(data.identity, data.options), %{data | output: output})
 
-    with {:ok, output} <- Outputs.create(to, force, plan.checkpoint.protected, data.cancel) do
-      shards = for {units, n} <- Enum.with_index(plan.shards), do: Shard.new([n], units)
-      bytes = units |> Enum.map(& &1.input_bytes) |> Enum.sum()
-      notify(data, {:planned, %{tensors: length(units), bytes: bytes}})
+      {:ok, output, left} ->
+        step = Step.new({:compare, left})
+        {:keep_state, %{data | output: output} |> enqueue(step) |> advance()}
 
-      data = %{
-        data
-        | plan: plan,
-          output: output,
-          totals: %{tensors: length(units), bytes: bytes},
-          shards: Map.new(shards, &{&1.id, &1}),
-          searches: length(plan.groups),
-          queue: for(g <- plan.groups, do: step({:search, g}, Observation.bytes(g, units)))
-      }
+      {:error, error} ->
+        stop({:error, error}, data)
+    end
+  end
 
-      if data.searches == 0, do: run_units(data), else: next(:scaling, data)
-    else
+  # It was all there: only the report is to be told.
+  defp begin(%{published: %{} = fields}, data) do
+    case Publication.clean_up(data.output, data.options, fields) do
+      {:ok, report} -> conclude({:ok, report}, %{data | output: nil, seconds: elapsed(data)})
       {:error, error} -> stop({:error, error}, data)
     end
+  end
+
+  defp begin(found, %{plan: plan} = data) do
+    units = Enum.concat(plan.shards)
+    shards = for {units, n} <- Enum.with_index(plan.shards), do: Shard.new([n], units)
+    tally = Tally.new(shards)
+    Events.notify(data, {:planned, %{tensors: tally.tensors, bytes: tally.bytes}})
+    queue = for g <- plan.groups, do: Step.new({:search, g}, Observation.bytes(g, units))
+    ledger = Ledger.new(found.head, found.at)
+    data = %{data | found: found, ledger: ledger, tally: tally, queue: queue}
+    largest = units |> Enum.map(& &1.input_bytes) |> Enum.max(fn -> 0 end)
+    data = %{data | largest: largest, searches: length(plan.groups)}
+    if data.searches == 0, do: run_units(data), else: next(:scaling, data)
   end
 
   defp searched(notes, data) do
@@ -352,153 +409,197 @@ defmodule VivaTensor.Job.Machine do
 
   defp run_units(data) do
     shards =
-      for {id, shard} <- data.shards, into: %{} do
-        {id, %{shard | units: Enum.map(shard.units, &Observation.annotate(&1, data.notes))}}
+      for shard <- Tally.in_order(data.tally) do
+        %{shard | units: Enum.map(shard.units, &Observation.annotate(&1, data.notes))}
       end
 
-    queue = shards |> Map.values() |> Enum.sort_by(& &1.id) |> Enum.flat_map(&steps/1)
-    next(:running, %{data | shards: shards, queue: queue, notes: %{}})
+    data = %{data | tally: %{data.tally | shards: Map.new(shards, &{&1.id, &1})}, notes: %{}}
+
+    # What an earlier job wrote again is not written as it was at first.
+    result =
+      Enum.reduce_while(shards, {:ok, data}, fn shard, {:ok, data} ->
+        result =
+          case Map.fetch(data.found.rewritten, shard.id) do
+            {:ok, kept} -> rewrite(%{shard | non_finite: kept}, data)
+            :error -> {:ok, %{data | queue: data.queue ++ Step.all(shard, data.found.units)}}
+          end
+
+        case result do
+          {:ok, data} -> {:cont, {:ok, data}}
+          error -> {:halt, error}
+        end
+      end)
+
+    case result do
+      {:ok, data} -> next(:running, data)
+      {:error, error} -> stop({:error, error}, data)
+    end
   end
 
   defp next(state, data), do: {:next_state, state, data, {:next_event, :internal, :advance}}
 
-  defp steps(%Shard{units: []} = shard), do: [step({:finish, shard.id}, 0)]
-
-  defp steps(%Shard{} = shard) do
-    for unit <- shard.units, do: step({:unit, unit, shard.id}, Unit.bytes(unit))
-  end
-
   # Shards
 
-  defp update_shard(data, id, fun), do: %{data | shards: Map.update!(data.shards, id, fun)}
+  defp unit_done(unit, id, {stats, source_hash, parts}, data) do
+    row = Report.row(unit, stats)
+    record = {:unit, id, unit.name, %{row: row, source_hash: source_hash, parts: parts}}
+    ledger = Ledger.add(data.ledger, record, data.tally.shards[id])
+    {row, %{data | ledger: ledger, tally: Tally.done(data.tally, id, unit, row)}}
+  end
 
-  # A shard whose units are all done is finished, or written again.
+  defp keep_later(data, id, unit, reason) do
+    %{data | tally: Tally.keep_later(data.tally, id, unit, reason)} |> settle(id)
+  end
+
+  # A shard whose units are all done is finished, or written again once that is
+  # recorded.
   defp settle(data, id) do
-    case Map.fetch!(data.shards, id) do
-      %{remaining: 0, non_finite: none} when none == %{} ->
-        {:keep_state, data |> enqueue(step({:finish, id}, 0)) |> advance()}
+    shard = Map.fetch!(data.tally.shards, id)
 
-      %{remaining: 0} = shard ->
-        case rewrite(shard, data) do
-          {:ok, data} -> {:keep_state, advance(data)}
-          {:error, error} -> stop({:error, error}, data)
-        end
+    case Shard.next(shard) do
+      :finish ->
+        data |> enqueue(Step.new({:finish, id})) |> go_on()
+
+      :rewrite ->
+        record = {:rewritten, id, shard.non_finite}
+        go_on(%{data | ledger: Ledger.add(data.ledger, record)})
 
       _ ->
-        {:keep_state, advance(data)}
+        go_on(data)
     end
   end
 
   defp rewrite(shard, data) do
     with :ok <- Shard.remove(shard, data.output),
-         units = Shard.decided_again(shard),
-         {:ok, groups} <- Plan.shards(units, data.plan.file, data.options.max_shard_size) do
-      shards = for {units, n} <- Enum.with_index(groups), do: Shard.new(shard.id ++ [n], units)
-      {again, rows} = Map.split(data.rows, Enum.map(shard.units, & &1.id))
-      again = Map.values(again)
-
-      {:ok,
-       %{
-         data
-         | rows: rows,
-           tensors_done: data.tensors_done - length(again),
-           bytes_done: data.bytes_done - sum(again, :input_bytes),
-           bytes_written: data.bytes_written - sum(again, :output_bytes),
-           shards:
-             data.shards |> Map.delete(shard.id) |> Map.merge(Map.new(shards, &{&1.id, &1})),
-           queue: Enum.flat_map(shards, &steps/1) ++ data.queue
-       }}
+         {:ok, shards, tally} <-
+           Tally.rewrite(data.tally, shard, data.plan, data.options.max_shard_size) do
+      queue = Enum.flat_map(shards, &Step.all(&1, data.found.units)) ++ data.queue
+      {:ok, %{data | tally: tally, queue: queue}}
     end
   end
 
-  defp sum(rows, key), do: rows |> Enum.map(&Map.fetch!(&1, key)) |> Enum.sum()
+  # The manifest
+
+  defp record(%{recording: nil} = data) do
+    case Ledger.next(data.ledger) do
+      {shards, at, bytes, ledger} ->
+        output = data.output
+
+        task =
+          Task.Supervisor.async_nolink(Workers, fn ->
+            output |> Native.output_record(shards, at, bytes) |> Error.wrap(:output)
+          end)
+
+        %{data | ledger: ledger, recording: task.ref}
+
+      :nothing ->
+        data
+    end
+  end
+
+  defp record(data), do: data
+
+  defp recorded(:stopping, {:ok, _}, data) do
+    {_records, ledger} = Ledger.written(data.ledger)
+    stopped(%{data | ledger: ledger})
+  end
+
+  defp recorded(:stopping, {:error, _}, data),
+    do: stopped(%{data | ledger: %Ledger{at: data.ledger.at}})
+
+  defp recorded(_state, {:ok, _}, data) do
+    {records, ledger} = Ledger.written(data.ledger)
+    data = %{data | ledger: ledger}
+
+    Enum.reduce_while(records, {:ok, data}, fn
+      {:rewritten, id, _kept}, {:ok, data} ->
+        case data.tally.shards |> Map.fetch!(id) |> rewrite(data) do
+          {:ok, data} -> {:cont, {:ok, data}}
+          error -> {:halt, error}
+        end
+
+      _record, ok ->
+        {:cont, ok}
+    end)
+    |> case do
+      {:ok, data} -> go_on(data)
+      {:error, error} -> stop({:error, error}, data)
+    end
+  end
+
+  defp recorded(_state, {:error, error}, data) do
+    stop({:error, error}, %{data | ledger: %Ledger{at: data.ledger.at}})
+  end
+
+  defp go_on(data) do
+    data = record(data)
+
+    cond do
+      not (Ledger.idle?(data.ledger) and Tally.settled?(data.tally)) ->
+        {:keep_state, advance(data)}
+
+      data.tally.quarantined == %{} ->
+        {:next_state, :finishing, data, publish()}
+
+      true ->
+        partial(%{data | seconds: elapsed(data)})
+    end
+  end
+
+  defp publish, do: {:next_event, :internal, :publish}
 
   # The end
 
+  defp partial(data) do
+    case Publication.put_aside(data) do
+      {:ok, report} -> conclude({:partial, report}, %{data | output: nil})
+      {:error, error} -> stop({:error, error}, data)
+    end
+  end
+
   defp stop(result, data) do
-    Native.cancel(data.cancel)
+    for {_ref, step} <- data.running, do: Native.cancel(step.cancel)
     data.requested |> Map.keys() |> Enum.each(&Admission.release/1)
     data = %{data | result: result, queue: [], requested: %{}, seconds: elapsed(data)}
 
-    if data.running == %{} do
-      stopped(data)
-    else
-      notify(data, {:state, :stopping})
-      {:next_state, :stopping, data}
+    case stopped(data) do
+      {:keep_state, data} ->
+        Events.notify(data, {:state, :stopping})
+        {:next_state, :stopping, data, {:state_timeout, @grace_ms, :kill}}
+
+      done ->
+        done
     end
   end
 
+  # What is finished is recorded, unless that is what failed.
   defp stopped(%{running: running} = data) when map_size(running) > 0, do: {:keep_state, data}
 
   defp stopped(data) do
-    if data.output, do: Native.output_abort(data.output)
-    conclude(data.result, %{data | output: nil})
+    data = record(data)
+
+    if data.recording do
+      {:keep_state, data}
+    else
+      if data.output, do: Native.output_release(data.output)
+      conclude(data.result, %{data | output: nil})
+    end
   end
 
   defp conclude(result, data) do
-    duration = System.monotonic_time() - data.started
-
-    case result do
-      {:ok, report} ->
-        measurements = %{
-          duration: duration,
-          input_bytes: report.input_bytes,
-          output_bytes: report.output_bytes
-        }
-
-        Telemetry.execute([:viva_tensor, :job, :stop], measurements, metadata(data))
-
-      {:error, error} ->
-        metadata = Map.put(metadata(data), :error, error)
-        Telemetry.execute([:viva_tensor, :job, :exception], %{duration: duration}, metadata)
-    end
-
-    notify(data, {:done, result})
+    Events.ended(data.options, result, System.monotonic_time() - data.started)
+    Events.notify(data, {:done, result})
     replies = for from <- data.waiting, do: {:reply, from, result}
     # The plan holds the mapped source and the shards: nothing needs them now.
-    data = %{data | result: result, waiting: [], plan: nil, shards: %{}, rows: %{}}
+    tally = %{data.tally | shards: %{}, rows: %{}}
+    data = %{data | result: result, waiting: [], plan: nil, tally: tally, found: nil}
     {:next_state, :done, data, replies ++ [linger(), :hibernate]}
   end
 
   defp linger, do: {:state_timeout, @linger_ms, :linger}
 
-  # What others see
-
-  defp notify(%{options: %{notify: nil}}, _event), do: :ok
-  defp notify(%{options: %{notify: pid}}, event), do: send(pid, {:viva_tensor_job, self(), event})
-
   defp elapsed(data) do
     System.convert_time_unit(System.monotonic_time() - data.started, :native, :microsecond) /
       1.0e6
-  end
-
-  defp metadata(%{options: options}) do
-    %{
-      job: self(),
-      source: options.source,
-      to: options.to,
-      format: Map.get(options.recipe, :format),
-      layout: options.recipe.layout
-    }
-  end
-
-  defp unit_metadata(step, unit) do
-    %{job: self(), name: unit.name, action: unit.action, attempt: step.attempt}
-  end
-
-  defp what(%{work: :plan}), do: "the plan"
-  defp what(%{work: {:search, {into, _, _}}}), do: "the scales of #{into}"
-  defp what(%{work: {:finish, id}}), do: "shard #{Enum.join(id, "-")}"
-  defp what(%{work: {:unit, unit, _}}), do: unit.name
-
-  defp non_finite(%{nan: nan, inf: inf}), do: "#{nan} NaN and #{inf} infinite values"
-
-  # An error of a unit names its tensor.
-  defp about(%Error{reason: {kind, details}} = error, unit) do
-    Error.new(
-      error.op,
-      {kind, Map.put(details, :tensor, unit.name)},
-      "#{unit.name}: #{error.message}"
-    )
   end
 end

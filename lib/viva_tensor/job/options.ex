@@ -13,6 +13,8 @@ defmodule VivaTensor.Job.Options do
     :max_concurrency,
     :max_shard_size,
     :force,
+    :resume,
+    :unit_timeout,
     :notify
   ]
 
@@ -25,6 +27,8 @@ defmodule VivaTensor.Job.Options do
     max_concurrency: 1,
     max_shard_size: 5_000_000_000,
     force: false,
+    resume: false,
+    unit_timeout: 3_600_000,
     notify: nil
   ]
 
@@ -36,6 +40,8 @@ defmodule VivaTensor.Job.Options do
           max_concurrency: pos_integer,
           max_shard_size: pos_integer,
           force: boolean,
+          resume: boolean,
+          unit_timeout: pos_integer | :infinity,
           notify: pid | nil
         }
 
@@ -50,6 +56,8 @@ defmodule VivaTensor.Job.Options do
          {:ok, max_shard_size} <- size(own, :max_shard_size, "5GB"),
          {:ok, max_concurrency} <- concurrency(own),
          {:ok, force} <- flag(own, :force),
+         {:ok, resume} <- flag(own, :resume),
+         {:ok, unit_timeout} <- unit_timeout(own),
          {:ok, notify} <- notify(own),
          {:ok, recipe} <- recipe(own, recipe_opts) do
       {:ok,
@@ -61,10 +69,33 @@ defmodule VivaTensor.Job.Options do
          max_concurrency: max_concurrency,
          max_shard_size: max_shard_size,
          force: force,
+         resume: resume,
+         unit_timeout: unit_timeout,
          notify: notify
        }}
     end
   end
+
+  @doc """
+  The options that start the same job from any working directory. Statistics that are
+  in memory are not among them.
+  """
+  @spec to_keyword(t) :: keyword
+  def to_keyword(%__MODULE__{} = options) do
+    [source: Path.expand(options.source), to: Path.expand(options.to)] ++
+      Map.to_list(
+        Map.take(options, [
+          :memory_limit,
+          :max_concurrency,
+          :max_shard_size,
+          :force,
+          :unit_timeout
+        ])
+      ) ++ of_recipe(options.recipe)
+  end
+
+  defp of_recipe(%Conversion{layout: layout, dtype: dtype}), do: [convert: layout, dtype: dtype]
+  defp of_recipe(%Recipe{} = recipe), do: Recipe.to_options(recipe)
 
   defp path(own, key) do
     case Keyword.get(own, key) do
@@ -91,6 +122,16 @@ defmodule VivaTensor.Job.Options do
     case Keyword.get(own, key, false) do
       value when is_boolean(value) -> {:ok, value}
       other -> invalid(key, "expected true or false, got #{inspect(other)}")
+    end
+  end
+
+  defp unit_timeout(own) do
+    case Keyword.get(own, :unit_timeout, 3_600_000) do
+      timeout when timeout == :infinity or (is_integer(timeout) and timeout > 0) ->
+        {:ok, timeout}
+
+      other ->
+        invalid(:unit_timeout, "expected milliseconds or :infinity, got #{inspect(other)}")
     end
   end
 

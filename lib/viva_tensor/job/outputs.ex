@@ -1,27 +1,31 @@
 defmodule VivaTensor.Job.Outputs do
   @moduledoc """
-  Creates the temporary outputs of jobs and removes those whose job dies.
+  Opens the unfinished outputs of jobs and lets go of those whose job dies.
 
-  A job that ends in order commits or removes its own output. A job that is killed
-  cannot, so this process, which stands above all jobs, watches them and cleans up. It
-  also raises the job's cancel flag: workers that outlive their job are inside a
-  native call, and leave it soon after.
+  A job that ends in order commits or closes its own output. A job that is killed
+  cannot, so this process, which stands above all jobs, watches them: what they
+  recorded stays for a job that goes on with it, and what is not recorded goes.
   """
 
   use GenServer
 
   alias VivaTensor.{Error, Native}
+  alias VivaTensor.Job.Options
+
+  @typedoc "What an earlier job left, and the path of its manifest."
+  @type found :: {:nothing | :unfinished | :published, Path.t()}
 
   @doc false
   def start_link(_), do: GenServer.start_link(__MODULE__, [], name: __MODULE__)
 
   @doc """
-  Creates a temporary sibling of `target` for the calling process. `protected`
-  paths are never overwritten, and an existing target only with `force?`.
+  Opens the output of a job for the calling process: a hidden sibling of its target.
+  `protected` paths are never overwritten, an existing target only with `force`, and
+  what an earlier job left only with `force` or to go on with it.
   """
-  @spec create(Path.t(), boolean, [Path.t()], reference) :: {:ok, reference} | {:error, Error.t()}
-  def create(target, force?, protected, cancel) do
-    GenServer.call(__MODULE__, {:create, target, force?, protected, cancel}, :infinity)
+  @spec open(Options.t(), [Path.t()]) :: {:ok, reference, found} | {:error, Error.t()}
+  def open(options, protected) do
+    GenServer.call(__MODULE__, {:open, options, protected}, :infinity)
   end
 
   @impl true
@@ -31,33 +35,70 @@ defmodule VivaTensor.Job.Outputs do
   end
 
   @impl true
-  def handle_call({:create, target, force?, protected, cancel}, {pid, _}, outputs) do
-    result = target |> Native.output_create(force?, protected) |> Error.wrap(:output)
+  def handle_call({:open, options, protected}, {pid, _}, outputs) do
+    case output(options, protected) do
+      {:ok, output, found} ->
+        {:reply, {:ok, output, found}, Map.put(outputs, Process.monitor(pid), output)}
 
-    outputs =
-      case result do
-        {:ok, output} -> Map.put(outputs, Process.monitor(pid), {output, cancel})
-        {:error, _} -> outputs
-      end
-
-    {:reply, result, outputs}
+      {:error, error} ->
+        {:reply, {:error, error}, outputs}
+    end
   end
 
   @impl true
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, outputs) do
-    {watched, outputs} = Map.pop(outputs, monitor)
-    remove(watched)
+    {output, outputs} = Map.pop(outputs, monitor)
+    # Of an output that its job has committed or closed, nothing is left to do.
+    Native.output_release(output)
     {:noreply, outputs}
   end
 
   def handle_info({:EXIT, _pid, _reason}, outputs), do: {:noreply, outputs}
 
   @impl true
-  def terminate(_reason, outputs), do: outputs |> Map.values() |> Enum.each(&remove/1)
+  def terminate(_reason, outputs) do
+    outputs |> Map.values() |> Enum.each(&Native.output_release/1)
+  end
 
-  # Of an output that its job has committed or removed, nothing is left to remove.
-  defp remove({output, cancel}) do
-    Native.cancel(cancel)
-    Native.output_abort(output)
+  defp output(%{force: true, resume: false} = options, protected) do
+    with {:ok, output} <-
+           options.to |> Native.output_create(true, protected) |> Error.wrap(:output),
+         do: found(output)
+  end
+
+  defp output(options, protected) do
+    with {:ok, output} <-
+           options.to |> Native.output_open(options.force, protected) |> Error.wrap(:output),
+         {:ok, output, found} <- found(output) do
+      case found do
+        {:published, _} when not options.resume ->
+          # Only cleaning up was left to do; then it is like any other target.
+          with {:ok, _} <- output |> Native.output_commit() |> Error.wrap(:output),
+               do: output(options, protected)
+
+        {:unfinished, manifest} when not options.resume ->
+          Native.output_release(output)
+          {:error, unfinished(options.to, manifest)}
+
+        _ ->
+          {:ok, output, found}
+      end
+    end
+  end
+
+  defp found(output) do
+    with {:ok, found} <- output |> Native.output_found() |> Error.wrap(:output),
+         do: {:ok, output, found}
+  end
+
+  defp unfinished(to, manifest) do
+    directory = Path.dirname(manifest)
+
+    Error.new(
+      :output,
+      {:unfinished, %{path: directory}},
+      "an earlier job left #{to} unfinished, in #{directory}: use --resume to go on with it, " <>
+        "or --force to begin again"
+    )
   end
 end

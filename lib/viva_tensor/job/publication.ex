@@ -6,42 +6,103 @@ defmodule VivaTensor.Job.Publication do
   """
 
   alias VivaTensor.{Error, Native, Recipe, Report}
-  alias VivaTensor.Job.{FileError, Options, Plan, Shard}
+  alias VivaTensor.Job.{FileError, Ledger, Options, Plan, Shard, Tally}
 
   @config "config.json"
   @index "model.safetensors.index.json"
   @report "report.json"
 
-  @doc """
-  Publishes finished shards. `rows` are the rows of the report, `seconds` what
-  the job has taken so far.
-  """
-  @spec publish(reference, Options.t(), Plan.t(), [Shard.t()], [Report.row()], float) ::
-          {:ok, Report.t()} | {:error, Error.t()}
-  def publish(output, options, plan, shards, rows, seconds) do
-    units = Enum.flat_map(shards, & &1.units)
+  @typedoc "What is needed of a job."
+  @type job :: %{
+          required(:output) => reference,
+          required(:options) => Options.t(),
+          required(:plan) => Plan.t(),
+          required(:tally) => Tally.t(),
+          required(:ledger) => Ledger.t(),
+          required(:seconds) => float,
+          optional(any) => any
+        }
 
-    with {:ok, written} <- rename(shards, output, plan),
+  @doc "Publishes finished shards."
+  @spec publish(job) :: {:ok, Report.t()} | {:error, Error.t()}
+  def publish(%{output: output, plan: plan} = job) do
+    shards = Tally.in_order(job.tally)
+    names = Shard.final_names(plan.file, length(shards))
+    units = Enum.flat_map(shards, & &1.units)
+    written = for {shard, name} <- Enum.zip(shards, names), do: put_elem(shard.written, 0, name)
+    fields = fields(job, for({name, bytes, _} <- written, do: %{name: name, bytes: bytes}))
+    named = for {shard, name} <- Enum.zip(shards, names), do: {Shard.file(shard), name}
+
+    with {:ok, ledger} <- record(job.ledger, {:named, named}, output),
+         :ok <- rename(shards, names, output),
          :ok <- write_index(output, written),
          {:ok, written_already} <- write_config(output, plan, units),
          :ok <- carry_companions(output, plan, written_already),
-         report = report(options, plan, rows, written, seconds),
-         {:ok, json} <-
-           report |> Report.to_map() |> Native.json_encode(true) |> Error.wrap(:output),
-         {:ok, _} <- write(output, @report, json),
+         {:ok, report} <- write_report(output, job.options, fields),
+         {:ok, _ledger} <- record(ledger, {:published, fields}, output),
          {:ok, _path} <- output |> Native.output_commit() |> Error.wrap(:output) do
       {:ok, report}
     end
   end
 
-  # What is written, under the final names.
-  defp rename(shards, output, plan) do
-    names = Shard.final_names(plan.file, length(shards))
+  @doc """
+  Leaves an output unpublished, of which some units were put aside. Its report is in
+  the hidden directory.
+  """
+  @spec put_aside(job) :: {:ok, Report.t()} | {:error, Error.t()}
+  def put_aside(%{output: output} = job) do
+    with {:ok, report} <- write_report(output, job.options, fields(job, [])) do
+      Native.output_release(output)
+      {:ok, report}
+    end
+  end
 
-    with {:ok, directory} <- output |> Native.output_path() |> Error.wrap(:output),
-         :ok <-
-           each(Enum.zip(shards, names), fn {s, name} -> Shard.rename(s, directory, name) end) do
-      {:ok, for({shard, name} <- Enum.zip(shards, names), do: put_elem(shard.written, 0, name))}
+  @doc "Ends what a job began that was interrupted after its output appeared."
+  @spec clean_up(reference, Options.t(), map) :: {:ok, Report.t()} | {:error, Error.t()}
+  def clean_up(output, options, fields) do
+    with {:ok, _path} <- output |> Native.output_commit() |> Error.wrap(:output) do
+      {:ok, report(options, fields)}
+    end
+  end
+
+  defp fields(job, files) do
+    %{
+      statistics: job.plan.statistics,
+      tensors: Tally.rows(job.tally),
+      quarantined: Tally.quarantined(job.tally),
+      files: files,
+      input_bytes: job.plan.bytes_on_disk,
+      seconds: job.seconds
+    }
+  end
+
+  defp write_report(output, options, fields) do
+    report = report(options, fields)
+
+    with {:ok, json} <-
+           report |> Report.to_map() |> Native.json_encode(true) |> Error.wrap(:output),
+         {:ok, _} <- write(output, @report, json),
+         do: {:ok, report}
+  end
+
+  defp report(options, fields) do
+    fields
+    |> Map.merge(%{source: options.source, target: options.to, recipe: options.recipe})
+    |> Report.new()
+  end
+
+  defp record(ledger, record, output) do
+    {shards, at, bytes, ledger} = ledger |> Ledger.add(record) |> Ledger.next()
+
+    with {:ok, _} <- output |> Native.output_record(shards, at, bytes) |> Error.wrap(:output) do
+      {_records, ledger} = Ledger.written(ledger)
+      {:ok, ledger}
+    end
+  end
+
+  defp rename(shards, names, output) do
+    with {:ok, directory} <- output |> Native.output_path() |> Error.wrap(:output) do
+      each(Enum.zip(shards, names), fn {s, name} -> Shard.rename(s, directory, name) end)
     end
   end
 
@@ -114,19 +175,6 @@ defmodule VivaTensor.Job.Publication do
 
   defp write(output, relative, content) do
     output |> Native.output_write(relative, content) |> Error.wrap(:output)
-  end
-
-  defp report(options, plan, rows, written, seconds) do
-    Report.new(%{
-      source: options.source,
-      target: options.to,
-      recipe: options.recipe,
-      statistics: plan.statistics,
-      tensors: rows,
-      files: for({name, bytes, _} <- written, do: %{name: name, bytes: bytes}),
-      input_bytes: plan.bytes_on_disk,
-      seconds: seconds
-    })
   end
 
   defp each(items, fun) do

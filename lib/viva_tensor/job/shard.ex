@@ -2,7 +2,7 @@ defmodule VivaTensor.Job.Shard do
   @moduledoc """
   One file of the output while it is being written.
 
-  A shard is created when its first unit starts and finished when its last one is
+  A shard is opened when its first unit starts and finished when its last one is
   done. Its id is a list, so that a shard that has to be written again can be
   replaced by several that sort into its place; its file has a provisional name
   until the number of shards is certain.
@@ -12,20 +12,22 @@ defmodule VivaTensor.Job.Shard do
   alias VivaTensor.Job.{FileError, Plan, Unit}
 
   @enforce_keys [:id, :units, :remaining]
-  defstruct [:id, :units, :remaining, :ref, non_finite: %{}, written: nil]
+  defstruct [:id, :units, :remaining, :ref, aside: 0, non_finite: %{}, written: nil]
 
   @typedoc "A finished file: its name, its bytes, its tensors and theirs."
   @type written :: {String.t(), non_neg_integer, [{String.t(), non_neg_integer}]}
 
   @typedoc """
-  `non_finite` says of units, by id, what they met.
+  `non_finite` says of units, by name, what they met; `aside` counts those that are put
+  aside.
   """
   @type t :: %__MODULE__{
           id: [non_neg_integer],
           units: [Unit.t()],
           remaining: non_neg_integer,
           ref: reference | nil,
-          non_finite: %{non_neg_integer => String.t()},
+          aside: non_neg_integer,
+          non_finite: %{String.t() => String.t()},
           written: written | nil
         }
 
@@ -40,21 +42,41 @@ defmodule VivaTensor.Job.Shard do
   @doc "One unit less to wait for, though its weight has to be kept after all."
   @spec keep_later(t, Unit.t(), String.t()) :: t
   def keep_later(%__MODULE__{} = shard, unit, reason) do
-    unit_done(%{shard | non_finite: Map.put(shard.non_finite, unit.id, reason)})
+    unit_done(%{shard | non_finite: Map.put(shard.non_finite, unit.name, reason)})
   end
+
+  @doc "One unit less to wait for, since it is put aside: the shard stays unfinished."
+  @spec put_aside(t) :: t
+  def put_aside(%__MODULE__{} = shard), do: unit_done(%{shard | aside: shard.aside + 1})
+
+  @doc "Whether nothing more is done for it."
+  @spec settled?(t) :: boolean
+  def settled?(%__MODULE__{} = shard) do
+    shard.remaining == 0 and (shard.aside > 0 or shard.written != nil)
+  end
+
+  @doc "What is to be done once no unit is waited for."
+  @spec next(t) :: :wait | :finish | :rewrite | :leave
+  def next(%__MODULE__{remaining: remaining}) when remaining > 0, do: :wait
+  def next(%__MODULE__{aside: aside}) when aside > 0, do: :leave
+  def next(%__MODULE__{non_finite: none}) when none == %{}, do: :finish
+  def next(%__MODULE__{}), do: :rewrite
 
   @doc "The units of a shard that has to be written again."
   @spec decided_again(t) :: [Unit.t()]
   def decided_again(%__MODULE__{} = shard) do
     for unit <- shard.units do
-      case Map.fetch(shard.non_finite, unit.id) do
+      case Map.fetch(shard.non_finite, unit.name) do
         {:ok, reason} -> Unit.keep(unit, reason)
         :error -> unit
       end
     end
   end
 
-  @doc "Creates the file with room for every unit of the plan's source, unless that was done."
+  @doc """
+  Opens the file with room for every unit of the plan's source, unless that was done.
+  What an earlier job left in it stays.
+  """
   @spec open(t, reference, Plan.t()) :: {:ok, t} | {:error, Error.t()}
   def open(%__MODULE__{ref: nil} = shard, output, plan) do
     with {:ok, ref} <- shard |> create(output, plan) |> Error.wrap(:output) do
@@ -88,7 +110,12 @@ defmodule VivaTensor.Job.Shard do
   def remove(%__MODULE__{} = shard, output) do
     with {:ok, directory} <- output |> Native.output_path() |> Error.wrap(:output) do
       path = Path.join(directory, file(shard))
-      path |> File.rm() |> FileError.wrap(:output, path)
+
+      # A job that goes on with another may find it gone.
+      case File.rm(path) do
+        {:error, :enoent} -> :ok
+        result -> FileError.wrap(result, :output, path)
+      end
     end
   end
 
@@ -99,7 +126,9 @@ defmodule VivaTensor.Job.Shard do
     path |> File.rename(Path.join(directory, name)) |> FileError.wrap(:output, path)
   end
 
-  defp file(%__MODULE__{id: id}), do: "shard-#{Enum.join(id, "-")}"
+  @doc "The provisional name of the file."
+  @spec file(t) :: String.t()
+  def file(%__MODULE__{id: id}), do: "shard-#{Enum.join(id, "-")}"
 
   @doc "Writes the header and syncs the file."
   @spec finish(reference) :: {:ok, written} | {:error, Error.t()}

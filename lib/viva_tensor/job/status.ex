@@ -26,19 +26,20 @@ defmodule VivaTensor.Job.Status do
   @doc "The status of a job's state and data after `seconds`."
   @spec of(atom, map, float) :: t
   def of(state, data, seconds) do
-    rate = if seconds > 0, do: data.bytes_done / seconds, else: 0.0
+    tally = data.tally
+    rate = if seconds > 0, do: tally.bytes_done / seconds, else: 0.0
 
     %{
       state: state,
-      tensors: data.totals.tensors,
-      tensors_done: data.tensors_done,
-      bytes: data.totals.bytes,
-      bytes_done: data.bytes_done,
-      bytes_written: data.bytes_written,
+      tensors: tally.tensors,
+      tensors_done: tally.tensors_done,
+      bytes: tally.bytes,
+      bytes_done: tally.bytes_done,
+      bytes_written: tally.bytes_written,
       running: for({_, %{work: {:unit, unit, _}}} <- data.running, do: unit.name),
       seconds: seconds,
       bytes_per_second: rate,
-      eta_seconds: if(rate > 0, do: (data.totals.bytes - data.bytes_done) / rate)
+      eta_seconds: if(rate > 0, do: (tally.bytes - tally.bytes_done) / rate)
     }
   end
 end

@@ -78,8 +78,11 @@ defmodule VivaTensor.Job.Unit do
     }
   end
 
+  @typedoc "What came of a unit: figures, and what it is known again by."
+  @type done :: {stats :: map, source_hash :: binary, parts :: [tuple]}
+
   @doc "Does the work, in the calling process."
-  @spec run(t, reference, work, reference, reference, map) :: {:ok, map} | {:error, Error.t()}
+  @spec run(t, reference, work, reference, reference, map) :: {:ok, done} | {:error, Error.t()}
   def run(%__MODULE__{} = unit, checkpoint, work, shard, cancel, metadata) do
     started = System.monotonic_time()
 
@@ -105,8 +108,8 @@ defmodule VivaTensor.Job.Unit do
     duration = System.monotonic_time() - started
 
     case result do
-      {:ok, row} ->
-        measurements = Map.take(row, [:input_bytes, :output_bytes])
+      {:ok, {stats, _source_hash, _parts}} ->
+        measurements = Map.take(stats, [:input_bytes, :output_bytes])
         measurements = Map.put(measurements, :duration, duration)
         Telemetry.execute([:viva_tensor, :unit, :stop], measurements, metadata)
 

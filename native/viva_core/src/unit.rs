@@ -1,6 +1,11 @@
 //! The work of one unit of a job: one tensor of a checkpoint, quantized and
 //! written, or copied as it is.
 
+mod parts;
+
+pub(crate) use parts::PartWriter;
+pub use parts::{Part, file_hash, source_hash, verify};
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -41,6 +46,10 @@ pub struct Done {
     pub metrics: Option<Metrics>,
     /// Of the layer's output, on rows of activations that the method saw.
     pub output_error: Option<f64>,
+    /// Of what was read.
+    pub source_hash: [u8; 16],
+    /// What was written.
+    pub parts: Vec<Part>,
 }
 
 impl Target {
@@ -214,16 +223,21 @@ pub fn quantize_into(
                 });
             }
         };
+        let source_hash = source_hash(source, [name])?;
         // The source is done with: its pages go before the output's arrive.
         source.give_back(name)?;
         let bits_per_weight = q.bits_per_weight();
+        let mut out = PartWriter::new(shard, cancel);
+        spell_into(target.layout, name, q, order, &mut out)?;
         Ok(Done {
             input_bytes: tensor.bytes().len(),
-            output_bytes: spell_into(target.layout, name, q, order, shard, cancel)?,
+            output_bytes: out.bytes(),
             elements: tensor.len(),
             bits_per_weight: Some(bits_per_weight),
             metrics: Some(metrics),
             output_error,
+            source_hash,
+            parts: out.into_parts(),
         })
     });
     if done.is_err() {
@@ -232,41 +246,25 @@ pub fn quantize_into(
     done
 }
 
-/// Writes a quantized tensor as its layout spells it, its rows in that order;
-/// returns the bytes written.
+/// Writes a quantized tensor as its layout spells it, its rows in that order.
 pub(crate) fn spell_into(
     layout: &dyn Layout,
     name: &str,
     q: Quantized,
     order: Option<RowOrder>,
-    shard: &ShardWriter,
-    cancel: &Cancel,
-) -> Result<usize> {
+    out: &mut PartWriter,
+) -> Result<()> {
     let late = layout.entries(&q.spec, name, &q.shape, q.dtype)?.late;
-    let mut written = 0;
     let q = match order {
         Some(order) => gguf::reordered(name, q, order)?,
         None => q,
     };
     for (part, bytes) in layout.spell(name, &q)? {
-        written += bytes.len();
         if late.iter().any(|l| l.name == part) {
-            shard.write_late(&part, &bytes)?;
+            out.write_late(&part, &bytes)?;
         } else {
-            write(shard, &part, &bytes, cancel)?;
+            out.write(&part, &bytes)?;
         }
-    }
-    Ok(written)
-}
-
-/// Bytes that are written between two looks at the cancel flag.
-const COPY: usize = 1 << 20;
-
-/// Writes one tensor of a shard, piece by piece.
-pub(crate) fn write(shard: &ShardWriter, name: &str, bytes: &[u8], cancel: &Cancel) -> Result<()> {
-    for (i, chunk) in bytes.chunks(COPY).enumerate() {
-        cancel.check()?;
-        shard.write_at(name, i * COPY, chunk)?;
     }
     Ok(())
 }
@@ -289,48 +287,49 @@ pub fn keep_into(
         Some(tensor) => Ok(Cow::Owned(tensor.bytes().to_vec())),
         None => source.bytes(name).map(Cow::Borrowed),
     };
+    let mut out = PartWriter::new(shard, cancel);
     let written = match whole {
-        None => copy(&bytes(&divided)?, name, shard, cancel),
+        None => out.write(name, &bytes(&divided)?),
         Some(whole) => match whole.kept(source, entry)? {
-            None => Ok(0),
+            None => Ok(()),
             Some(kept) => {
                 let order = whole.row_order(source, entry)?;
                 match (kept.dtype == entry.dtype, order) {
-                    (true, None) => copy(&bytes(&divided)?, &kept.name, shard, cancel),
+                    (true, None) => out.write(&kept.name, &bytes(&divided)?),
                     _ => {
                         let tensor = divided.map_or_else(|| source.tensor(name), Ok)?;
-                        rewrite(&tensor, entry, &kept, order, shard, cancel)
+                        rewrite(&tensor, entry, &kept, order, &mut out)
                     }
                 }
             }
         },
     };
+    let source_hash = source_hash(source, [name]);
     source.give_back(name)?;
+    written?;
     Ok(Done {
         input_bytes: entry.nbytes(),
-        output_bytes: written?,
+        output_bytes: out.bytes(),
         elements: entry.shape.iter().product(),
         bits_per_weight: None,
         metrics: None,
         output_error: None,
+        source_hash: source_hash?,
+        parts: out.into_parts(),
     })
 }
 
-/// Copies bytes as they are; returns their number.
-fn copy(bytes: &[u8], to: &str, shard: &ShardWriter, cancel: &Cancel) -> Result<usize> {
-    write(shard, to, bytes, cancel)?;
-    Ok(bytes.len())
-}
+/// Bytes of rows that are rewritten at once.
+const REWRITE: usize = 1 << 20;
 
-/// Writes a tensor in another dtype or order of rows; returns the bytes written.
+/// Writes a tensor in another dtype or order of rows.
 fn rewrite(
     tensor: &Tensor,
     entry: &Entry,
     kept: &FixedEntry,
     order: Option<RowOrder>,
-    shard: &ShardWriter,
-    cancel: &Cancel,
-) -> Result<usize> {
+    out: &mut PartWriter,
+) -> Result<()> {
     let EntryDType::Known(dtype) = kept.dtype else {
         return Err(Error::UnsupportedDtype {
             op: format!("rewriting tensor {:?}", entry.name),
@@ -339,7 +338,9 @@ fn rewrite(
     };
     let rows = entry.shape.first().copied().unwrap_or(1);
     let row = tensor.len() / rows.max(1);
-    let at_once = (COPY / (row * dtype.size()).max(1)).max(1);
+    let at_once = (REWRITE / (row * dtype.size()).max(1)).max(1);
+    let cancel = out.cancel();
+    let mut out = out.stream(&kept.name);
     let (mut scratch, mut bytes) = (Vec::new(), Vec::new());
     for first in (0..rows).step_by(at_once) {
         cancel.check()?;
@@ -358,7 +359,8 @@ fn rewrite(
             let values = tensor.f32_chunk(elements, &mut scratch);
             narrow(dtype, values, &mut bytes[start..])?;
         }
-        shard.write_at(&kept.name, first * row * dtype.size(), &bytes)?;
+        out.write(&bytes)?;
     }
-    Ok(tensor.len() * dtype.size())
+    out.end();
+    Ok(())
 }

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use viva_core::Error;
-use viva_core::io::{EntryDType, FixedEntry, LateEntry, OutputDir, ShardWriter, TensorFile};
+use viva_core::io::{
+    EntryDType, FixedEntry, Found, LateEntry, OutputDir, ShardWriter, TensorFile, record,
+};
 use viva_core::tensor::DType;
 
 fn fixed(name: &str, dtype: impl Into<EntryDType>, shape: &[usize]) -> FixedEntry {
@@ -184,8 +186,6 @@ fn wrong_sizes_and_names_are_errors() {
         writer.write_late("a", &[]),
         Err(Error::UnknownTensor { .. })
     ));
-    let again = create(vec![], vec![]);
-    assert!(matches!(again, Err(Error::Io { code, .. }) if code == "eexist"));
 }
 
 #[test]
@@ -283,7 +283,7 @@ fn a_directory_appears_when_it_is_complete() {
     assert_eq!(output.target(), real.join("some/where/out"));
     assert!(output.path().starts_with(real.join("some/where")));
     let hidden = names(&real.join("some/where"));
-    assert!(hidden[0].starts_with(".out.partial-"), "{hidden:?}");
+    assert_eq!(hidden, [".out.partial"]);
 
     output.carry(&source, "1_Pooling/config.json").unwrap();
     output.carry(&source, "config.json").unwrap();
@@ -358,22 +358,115 @@ fn what_is_there_is_not_touched_without_force() {
 }
 
 #[test]
-fn whoever_comes_second_does_not_overwrite_and_loses_nothing() {
+fn whoever_comes_second_is_told_so() {
     let home = tempfile::tempdir().unwrap();
     let target = home.path().join("out");
-    let [first, second] = [(); 2].map(|()| OutputDir::create(&target, false, &[]).unwrap());
+    let first = OutputDir::create(&target, false, &[]).unwrap();
     first.write_file("a", b"1").unwrap();
-    second.write_file("b", b"2").unwrap();
-    let hidden = second.path().to_path_buf();
+    assert_eq!(code(OutputDir::create(&target, true, &[])), "ebusy");
     first.commit().unwrap();
-    let error = second.commit().unwrap_err();
+    assert_eq!(names(&target), ["a"]);
+    assert_eq!(names(home.path()), ["out"]);
+
+    // A target that someone else filled meanwhile is not overwritten.
+    let target = home.path().join("other");
+    let late = OutputDir::create(&target, false, &[]).unwrap();
+    late.write_file("b", b"2").unwrap();
+    fs::create_dir(&target).unwrap();
+    fs::write(target.join("theirs"), "").unwrap();
+    let hidden = late.path().to_path_buf();
+    record(&hidden, &[], 0, b"all done").unwrap();
+    let error = late.commit().unwrap_err();
     assert!(
         error.to_string().contains(&hidden.display().to_string()),
         "{error}"
     );
     assert_eq!(code(Err::<(), _>(error)), "eexist");
-    assert_eq!(names(&target), ["a"]);
-    assert_eq!(names(&hidden), ["b"], "the complete output is kept");
+    assert_eq!(names(&target), ["theirs"]);
+    assert_eq!(
+        names(&hidden),
+        [".manifest", "b"],
+        "the complete output is kept"
+    );
+}
+
+#[test]
+fn what_is_recorded_outlives_whoever_wrote_it() {
+    let home = tempfile::tempdir().unwrap();
+    let target = home.path().join("a/out");
+    let open = || OutputDir::open(&target, false, &[]).unwrap();
+    let entries = || vec![fixed("x", DType::U8, &[3])];
+    let create = |output: &OutputDir| {
+        let path = output.path().join("shard-0");
+        ShardWriter::create(path, entries(), vec![], BTreeMap::new()).unwrap()
+    };
+    let first = open();
+    assert_eq!(first.found(), Found::Nothing);
+    let shard = create(&first);
+    shard.write("x", b"abc").unwrap();
+    record(first.path(), &[&shard], 0, b"one, torn").unwrap();
+    record(first.path(), &[&shard], 5, b"two").unwrap();
+    drop((shard, first));
+
+    let second = open();
+    assert_eq!(second.found(), Found::Unfinished);
+    assert_eq!(fs::read(second.manifest()).unwrap(), b"one, two");
+    let shard = create(&second);
+    let mut read = [0; 3];
+    shard.read_at("x", 0, &mut read).unwrap();
+    assert_eq!(&read, b"abc");
+    shard.accept("x").unwrap();
+    shard.finish().unwrap();
+    shard.sync().unwrap();
+    second.commit().unwrap();
+    assert_eq!(names(&target), ["shard-0"]);
+
+    // Without a word on what is done, nothing is kept.
+    let other = home.path().join("b/out");
+    let output = OutputDir::create(&other, false, &[]).unwrap();
+    fs::write(output.path().join("shard-0"), "abc").unwrap();
+    drop(output);
+    assert_eq!(names(home.path()), ["a"]);
+
+    // Nor is it where that was asked for.
+    let output = OutputDir::create(&other, false, &[]).unwrap();
+    record(output.path(), &[], 0, b"one").unwrap();
+    drop(output);
+    let output = OutputDir::create(&other, false, &[]).unwrap();
+    assert_eq!(output.found(), Found::Nothing);
+    assert_eq!(names(output.path()), [""; 0]);
+    record(output.path(), &[], 0, b"one").unwrap();
+    output.abort().unwrap();
+    assert_eq!(names(&home.path().join("b")), [""; 0]);
+}
+
+#[test]
+fn cleaning_up_is_gone_on_with() {
+    let home = tempfile::tempdir().unwrap();
+    let target = home.path().join("out");
+    let interrupted = || {
+        // Renamed, and then nothing more.
+        fs::create_dir_all(&target).unwrap();
+        fs::write(target.join("model"), "complete").unwrap();
+        fs::write(target.join(".manifest"), "all").unwrap();
+        fs::create_dir_all(home.path().join(".out.partial")).unwrap();
+        fs::write(home.path().join(".out.partial/model"), "replaced").unwrap();
+    };
+    interrupted();
+    let output = OutputDir::open(&target, false, &[]).unwrap();
+    assert_eq!(output.found(), Found::Published);
+    assert_eq!(output.path(), target.canonicalize().unwrap());
+    drop(output);
+    assert_eq!(names(&target), [".manifest", "model"]);
+    let output = OutputDir::open(&target, false, &[]).unwrap();
+    output.commit().unwrap();
+    assert_eq!(names(&target), ["model"]);
+    assert_eq!(names(home.path()), ["out"]);
+
+    interrupted();
+    assert_eq!(code(OutputDir::create(&target, false, &[])), "eexist");
+    assert_eq!(names(&target), ["model"]);
+    assert_eq!(names(home.path()), ["out"]);
 }
 
 #[test]

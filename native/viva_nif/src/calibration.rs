@@ -141,7 +141,9 @@ fn fold_search(
         readers,
     };
     let source = source.0.get()?;
-    Ok(observed.0.search(&source, &target.0, &group, &cancel.0)?)
+    Ok(observed
+        .0
+        .search(&source, &target.0, &group, &*cancel.enter()?)?)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]

@@ -9,6 +9,7 @@ use viva_core::tensor::DType;
 
 use crate::error::Outcome;
 use crate::job::with_output;
+use crate::record;
 use crate::resource::{
     CancelRef, CheckpointRef, ConversionRef, ConversionResource, OutputRef, ShardRef, ShardResource,
 };
@@ -118,7 +119,9 @@ fn unit_convert<'a>(
     cancel: CancelRef,
 ) -> Outcome<Term<'a>> {
     let source = source.0.get()?;
-    let done = conversion.0.run(&source, &name, &shard.0, &cancel.0)?;
+    let done = conversion
+        .0
+        .run(&source, &name, &shard.0, &*cancel.enter()?)?;
     let fields = [
         ("input_bytes", done.input_bytes.encode(env)),
         ("output_bytes", done.output_bytes.encode(env)),
@@ -126,10 +129,11 @@ fn unit_convert<'a>(
         ("lossless", done.change.is_lossless().encode(env)),
         ("changed", done.change.changed.encode(env)),
     ];
-    Ok(match &done.change.metrics {
+    let stats = match &done.change.metrics {
         Some(metrics) => crate::tensor::metrics_map(env, metrics, &fields),
         None => terms::map(env, &fields),
-    })
+    };
+    Ok(record::done(env, stats, done.source_hash, done.parts))
 }
 
 /// `{name, text}` of the files beside the weights, and the names of those of

@@ -14,6 +14,7 @@ use viva_core::tensor::DType;
 use viva_core::unit::{self, Done, Planned, Target};
 
 use crate::error::Outcome;
+use crate::record;
 use crate::resource::{
     CancelRef, CheckpointRef, ObservedRef, OutputRef, OutputResource, ShardRef, ShardResource,
     TargetRef, TargetResource,
@@ -85,6 +86,14 @@ fn config_files(
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
+fn output_open(target: String, force: bool, protected: Vec<String>) -> Outcome<OutputRef> {
+    let protected: Vec<PathBuf> = protected.into_iter().map(PathBuf::from).collect();
+    let output = OutputDir::open(Path::new(&target), force, &protected)?;
+    Ok(OutputRef::new(OutputResource(Mutex::new(Some(output)))))
+}
+
+/// The same, without what an earlier job left.
+#[rustler::nif(schedule = "DirtyIo")]
 fn output_create(target: String, force: bool, protected: Vec<String>) -> Outcome<OutputRef> {
     let protected: Vec<PathBuf> = protected.into_iter().map(PathBuf::from).collect();
     let output = OutputDir::create(Path::new(&target), force, &protected)?;
@@ -100,7 +109,7 @@ pub fn with_output<R>(
     slot.as_mut().ok_or(Error::Released).and_then(f)
 }
 
-fn take_output(output: &OutputRef) -> Option<OutputDir> {
+pub fn take_output(output: &OutputRef) -> Option<OutputDir> {
     output.0.lock().unwrap_or_else(|e| e.into_inner()).take()
 }
 
@@ -179,8 +188,8 @@ fn unit_quantize<'a>(
 ) -> Outcome<Term<'a>> {
     let source = source.0.get()?;
     let seen = observed.as_ref().map(|o| &o.0);
-    let done = unit::quantize_into(&source, &name, &target.0, seen, &shard.0, &cancel.0)?;
-    Ok(done_map(env, &done))
+    let done = unit::quantize_into(&source, &name, &target.0, seen, &shard.0, &*cancel.enter()?)?;
+    Ok(done_term(env, done))
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
@@ -195,11 +204,22 @@ fn unit_keep<'a>(
 ) -> Outcome<Term<'a>> {
     let source = source.0.get()?;
     let seen = observed.as_ref().map(|o| &o.0);
-    let done = unit::keep_into(&source, &name, Some(&target.0), seen, &shard.0, &cancel.0)?;
-    Ok(done_map(env, &done))
+    let done = unit::keep_into(
+        &source,
+        &name,
+        Some(&target.0),
+        seen,
+        &shard.0,
+        &*cancel.enter()?,
+    )?;
+    Ok(done_term(env, done))
 }
 
-fn done_map<'a>(env: Env<'a>, done: &Done) -> Term<'a> {
+fn done_term<'a>(env: Env<'a>, done: Done) -> Term<'a> {
+    record::done(env, stats(env, &done), done.source_hash, done.parts)
+}
+
+fn stats<'a>(env: Env<'a>, done: &Done) -> Term<'a> {
     let mut fields = vec![
         ("input_bytes", done.input_bytes.encode(env)),
         ("output_bytes", done.output_bytes.encode(env)),

@@ -9,6 +9,7 @@ mod job;
 mod json;
 mod product;
 mod quantized;
+mod record;
 mod resource;
 mod system;
 mod tensor;

@@ -1,5 +1,7 @@
 //! What terms refer to: resources that own or share native memory.
 
+use std::ops::Deref;
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use std::sync::{Arc, RwLock};
 
 use rustler::env::SavedTerm;
@@ -57,10 +59,59 @@ resources!(
     ConversionResource(Conversion),
     OutputResource(std::sync::Mutex<Option<OutputDir>>),
     ShardResource(ShardWriter),
-    CancelResource(Cancel),
     CalibrationResource(std::sync::Mutex<Calibration>),
     ObservedResource(Observed),
 );
+
+/// A flag that asks native calls to stop, and the count of those that have not
+/// returned: a process that is killed leaves its call running.
+#[derive(Default)]
+pub struct CancelResource {
+    cancel: Cancel,
+    calls: AtomicUsize,
+}
+
+#[rustler::resource_impl]
+impl Resource for CancelResource {}
+
+impl CancelResource {
+    pub fn cancel(&self) {
+        self.cancel.cancel();
+        // Before `calls` is asked, as `enter` counts before it looks.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Counts a call until the guard is dropped. A call that begins after the flag
+    /// was raised does nothing, so that none that were counted to zero come back.
+    pub fn enter(&self) -> Result<Call<'_>, Error> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        let call = Call(self);
+        fence(Ordering::SeqCst);
+        call.check()?;
+        Ok(call)
+    }
+
+    pub fn calls(&self) -> usize {
+        self.calls.load(Ordering::SeqCst)
+    }
+}
+
+/// A native call that is under way.
+pub struct Call<'a>(&'a CancelResource);
+
+impl Deref for Call<'_> {
+    type Target = Cancel;
+
+    fn deref(&self) -> &Cancel {
+        &self.0.cancel
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        self.0.calls.fetch_sub(1, Ordering::SeqCst);
+    }
+}
 
 pub type TensorRef = ResourceArc<TensorResource>;
 pub type QuantizedRef = ResourceArc<QuantizedResource>;

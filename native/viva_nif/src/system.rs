@@ -1,7 +1,7 @@
 //! The library itself: version, threads, memory, cancel flags.
 
 use rustler::{Atom, Encoder, Env, Term};
-use viva_core::ops::{Cancel, pool};
+use viva_core::ops::pool;
 use viva_core::{io, simd, tensor};
 
 use crate::error::Outcome;
@@ -50,11 +50,11 @@ fn memory_info(env: Env) -> Term {
 
 #[rustler::nif]
 fn cancel_flag() -> CancelRef {
-    CancelRef::new(CancelResource(Cancel::new()))
+    CancelRef::new(CancelResource::default())
 }
 
 #[rustler::nif]
 fn cancel(flag: CancelRef) -> Atom {
-    flag.0.cancel();
+    flag.cancel();
     rustler::types::atom::ok()
 }

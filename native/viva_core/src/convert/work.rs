@@ -8,7 +8,7 @@ use crate::layout::gguf::RowOrder;
 use crate::ops::{Cancel, cast, pool};
 use crate::tensor::{Buffer, DType, Tensor};
 use crate::transcode::{self, Change};
-use crate::unit;
+use crate::unit::{self, Part, PartWriter};
 
 /// What came of one tensor.
 pub struct Done {
@@ -16,6 +16,10 @@ pub struct Done {
     pub output_bytes: usize,
     pub elements: usize,
     pub change: Change,
+    /// Of what was read.
+    pub source_hash: [u8; 16],
+    /// What was written.
+    pub parts: Vec<Part>,
 }
 
 impl Conversion {
@@ -31,24 +35,32 @@ impl Conversion {
         for tensor in &piece.tensors {
             source.check_unchanged(tensor)?;
         }
-        let done = pool::run(|| self.work(source, piece, shard, cancel));
+        let mut out = PartWriter::new(shard, cancel);
+        let done = pool::run(|| self.work(source, piece, &mut out));
+        let source_hash = self.source_hash(source, name);
         piece.give_back(source)?;
-        let (output_bytes, change) = done?;
+        let change = done?;
         Ok(Done {
             input_bytes: piece.input_bytes,
-            output_bytes,
+            output_bytes: out.bytes(),
             elements: piece.elements(),
             change,
+            source_hash: source_hash?,
+            parts: out.into_parts(),
         })
     }
 
-    fn work(
-        &self,
-        source: &Checkpoint,
-        piece: &Piece,
-        shard: &ShardWriter,
-        cancel: &Cancel,
-    ) -> Result<(usize, Change)> {
+    /// A hash of the tensors that the one of this name is read from.
+    ///
+    /// # Errors
+    /// `UnknownTensor`.
+    pub fn source_hash(&self, source: &Checkpoint, name: &str) -> Result<[u8; 16]> {
+        let tensors = &self.piece(name)?.tensors;
+        unit::source_hash(source, tensors.iter().map(String::as_str))
+    }
+
+    fn work(&self, source: &Checkpoint, piece: &Piece, out: &mut PartWriter) -> Result<Change> {
+        let cancel = out.cancel();
         let order = match self.goal.whole_file() {
             Some(whole) => whole.row_order(source, &piece.entry(piece.dtype))?,
             None => None,
@@ -56,7 +68,7 @@ impl Conversion {
         match (&piece.becomes, self.goal.layout()) {
             (Becomes::Quantized(spec), Some(layout)) => {
                 let Read::Quantized(q) = piece.read(source)? else {
-                    return Ok((0, Change::NONE));
+                    return Ok(Change::NONE);
                 };
                 let (made, mut change) = transcode::transcode(&q, spec, cancel)?;
                 if let Some(read) = layout.read_back(&made)? {
@@ -64,38 +76,38 @@ impl Conversion {
                 }
                 drop(q);
                 piece.give_back(source)?;
-                let bytes = unit::spell_into(layout, &piece.name, made, order, shard, cancel)?;
-                Ok((bytes, change))
+                unit::spell_into(layout, &piece.name, made, order, out)?;
+                Ok(change)
             }
             (Becomes::Dense(dtype), _) => {
                 let Some(entry) = self.stored(source, piece, EntryDType::Known(*dtype))? else {
-                    return Ok((0, Change::NONE));
+                    return Ok(Change::NONE);
                 };
                 let EntryDType::Known(dtype) = entry.dtype else {
-                    return Ok((0, Change::NONE));
+                    return Ok(Change::NONE);
                 };
                 let (tensor, change) = dense(piece.read(source)?, dtype, cancel)?;
-                write(shard, &entry.name, &tensor, order, cancel)?;
-                Ok((tensor.bytes().len(), change))
+                write(out, &entry.name, &tensor, order)?;
+                Ok(change)
             }
             (Becomes::Kept, _) => {
                 let Some(entry) = self.stored(source, piece, piece.dtype)? else {
-                    return Ok((0, Change::NONE));
+                    return Ok(Change::NONE);
                 };
                 let bytes = match &piece.tensors[..] {
                     [only] if *only == piece.name && order.is_none() => source.bytes(only)?,
                     _ => {
                         let Read::Dense(tensor) = piece.read(source)? else {
-                            return Ok((0, Change::NONE));
+                            return Ok(Change::NONE);
                         };
-                        write(shard, &entry.name, &tensor, order, cancel)?;
-                        return Ok((tensor.bytes().len(), Change::NONE));
+                        write(out, &entry.name, &tensor, order)?;
+                        return Ok(Change::NONE);
                     }
                 };
-                unit::write(shard, &entry.name, bytes, cancel)?;
-                Ok((bytes.len(), Change::NONE))
+                out.write(&entry.name, bytes)?;
+                Ok(Change::NONE)
             }
-            _ => Ok((0, Change::NONE)),
+            _ => Ok(Change::NONE),
         }
     }
 }
@@ -119,15 +131,9 @@ fn dense(read: Read, dtype: DType, cancel: &Cancel) -> Result<(Tensor, Change)> 
     }
 }
 
-fn write(
-    shard: &ShardWriter,
-    name: &str,
-    tensor: &Tensor,
-    order: Option<RowOrder>,
-    cancel: &Cancel,
-) -> Result<()> {
+fn write(out: &mut PartWriter, name: &str, tensor: &Tensor, order: Option<RowOrder>) -> Result<()> {
     match order {
-        None => unit::write(shard, name, tensor.bytes(), cancel),
-        Some(order) => unit::write(shard, name, order.tensor(tensor)?.bytes(), cancel),
+        None => out.write(name, tensor.bytes()),
+        Some(order) => out.write(name, order.tensor(tensor)?.bytes()),
     }
 }

@@ -24,8 +24,8 @@ pub use entry::{Entry, EntryDType};
 pub use file::TensorFile;
 pub use mapped::{Mapped, mapped_bytes};
 pub use metadata::Metadata;
-pub use output::OutputDir;
 pub(crate) use output::sync_directory;
+pub use output::{Found, OutputDir, file_identity, record};
 pub use shards::{WrittenShard, index_json, plan_shards, shard_name};
 pub use writer::{FixedEntry, LateEntry, ShardWriter};
 

@@ -1,18 +1,37 @@
 //! A directory that appears under its final name only when it is complete.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-use super::{file_name, stays_inside};
+use super::{ShardWriter, file_name, stays_inside};
 use crate::error::{Error, Result};
 
+/// The file in an unfinished output that says what of it is done. Where it is
+/// tells how far an interrupted job came: it travels with the directory, and is
+/// the last thing to go.
+const MANIFEST: &str = ".manifest";
+
+/// What an earlier job left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    Nothing,
+    /// An output with a manifest: the work in it can be gone on with.
+    Unfinished,
+    /// The output has its final name, and only cleaning up was interrupted.
+    Published,
+}
+
 /// An output directory that is being filled: a hidden sibling of the target,
-/// on the same file system, renamed when it is complete and removed otherwise.
+/// on the same file system, renamed when it is complete.
+///
+/// It is locked while this lives, so that two jobs never fill one directory, and
+/// dropping it removes what no manifest vouches for: the work that is recorded
+/// survives whatever ends the job.
 #[derive(Debug)]
 pub struct OutputDir {
     target: PathBuf,
@@ -22,10 +41,14 @@ pub struct OutputDir {
     replaces: bool,
     /// Parents of the target that were missing, innermost first.
     made_parents: Vec<PathBuf>,
+    found: Found,
+    /// The open directory, which holds the lock.
+    _lock: File,
 }
 
 impl OutputDir {
-    /// Makes the hidden directory beside `target`, and parents that are missing.
+    /// Makes the hidden directory beside `target`, and parents that are missing,
+    /// or takes over the one that an earlier job left: see [`found`](Self::found).
     ///
     /// A target that exists must be an empty directory, or `force` is true: it
     /// is then replaced as a whole by [`commit`](Self::commit), and untouched
@@ -33,37 +56,125 @@ impl OutputDir {
     /// (the source of the job), the current or the home directory is refused.
     ///
     /// # Errors
-    /// [`Error::Io`] with code `eexist` when the target is there; with another
-    /// code when its parent cannot be written; [`Error::InvalidOption`] for a
-    /// target that must not be replaced.
-    pub fn create(
-        target: impl AsRef<Path>,
-        force: bool,
-        protected: &[PathBuf],
-    ) -> Result<OutputDir> {
+    /// [`Error::Io`] with code `eexist` when the target is there, `ebusy` when
+    /// another job is filling it, with another code when its parent cannot be
+    /// written; [`Error::InvalidOption`] for a target that must not be replaced.
+    pub fn open(target: impl AsRef<Path>, force: bool, protected: &[PathBuf]) -> Result<OutputDir> {
         let given = target.as_ref();
-        let found = match fs::symlink_metadata(given) {
+        let there = match fs::symlink_metadata(given) {
             Ok(_) => Some(fs::canonicalize(given).map_err(|e| Error::io(given, &e))?),
             Err(e) if e.kind() == ErrorKind::NotFound => None,
             Err(e) => return Err(Error::io(given, &e)),
         };
+        let published = there.as_ref().filter(|t| t.join(MANIFEST).is_file());
+        if let Some(target) = published {
+            return Ok(OutputDir {
+                _lock: lock(target, target)?.ok_or_else(|| busy(target))?,
+                target: target.clone(),
+                partial: target.clone(),
+                replaces: false,
+                made_parents: Vec::new(),
+                found: Found::Published,
+            });
+        }
         let mut replaces = false;
         let mut made_parents = Vec::new();
-        let target = match found {
+        let target = match there {
             Some(target) => {
                 replaces = check_existing(&target, force, protected)?;
                 target
             }
             None => make_parents(given, &mut made_parents)?,
         };
+        let partial = sibling(&target, "partial");
+        let lock = loop {
+            match fs::create_dir(&partial) {
+                Ok(()) => sync_parents(&target, made_parents.len())?,
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(Error::io(target.parent().unwrap_or(&target), &e)),
+            }
+            // None: its owner gave it another name, or removed it, in between.
+            if let Some(lock) = lock(&partial, &target)? {
+                break lock;
+            }
+        };
         let mut output = OutputDir {
-            partial: PathBuf::new(),
             target,
+            partial,
             replaces,
             made_parents,
+            found: Found::Unfinished,
+            _lock: lock,
         };
-        output.partial = make_sibling(&output.target, "partial")?;
+        if !output.manifest().is_file() {
+            output.clear()?;
+        }
         Ok(output)
+    }
+
+    /// The same, without what an earlier job left.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open).
+    pub fn create(
+        target: impl AsRef<Path>,
+        force: bool,
+        protected: &[PathBuf],
+    ) -> Result<OutputDir> {
+        let mut output = OutputDir::open(&target, force, protected)?;
+        if output.found == Found::Published {
+            output.commit()?;
+            output = OutputDir::open(&target, force, protected)?;
+        }
+        output.clear()?;
+        Ok(output)
+    }
+
+    /// The manifest of an unfinished or just published output of that target.
+    pub fn manifest_of(target: impl AsRef<Path>) -> Option<PathBuf> {
+        let target = target.as_ref();
+        let target = fs::canonicalize(target)
+            .or_else(|_| std::path::absolute(target))
+            .ok()?;
+        let places = [target.clone(), sibling(&target, "partial")];
+        places
+            .map(|p| p.join(MANIFEST))
+            .into_iter()
+            .find(|m| m.is_file())
+    }
+
+    /// Removes everything in it; of a published output there is nothing to remove.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn clear(&mut self) -> Result<()> {
+        let io = |e| Error::io(&self.partial, &e);
+        // What speaks for the rest goes first.
+        let manifest = self.manifest();
+        if manifest.exists() {
+            fs::remove_file(&manifest).map_err(io)?;
+            sync_directory(&self.partial)?;
+        }
+        for item in fs::read_dir(&self.partial).map_err(io)? {
+            let path = item.map_err(io)?.path();
+            match path.is_dir() && !path.is_symlink() {
+                true => fs::remove_dir_all(&path),
+                false => fs::remove_file(&path),
+            }
+            .map_err(|e| Error::io(&path, &e))?;
+        }
+        self.found = Found::Nothing;
+        Ok(())
+    }
+
+    /// What was there when it was opened.
+    pub fn found(&self) -> Found {
+        self.found
+    }
+
+    /// The file that says what is done: see [`record`].
+    pub fn manifest(&self) -> PathBuf {
+        self.partial.join(MANIFEST)
     }
 
     /// The hidden directory, to write files into.
@@ -101,61 +212,77 @@ impl OutputDir {
     }
 
     /// Syncs every file and directory, gives the directory its final name, and
-    /// deletes the one that it replaces.
+    /// deletes the one that it replaces and, at last, the manifest.
     ///
     /// # Errors
-    /// [`Error::Io`]: when syncing failed, nothing is left; when only the
-    /// renaming failed, the complete directory is kept and the message says
-    /// where; when only the old directory could not be deleted, likewise.
+    /// [`Error::Io`]: before the renaming, everything is kept under the hidden
+    /// name, with its manifest; when only the old directory could not be deleted,
+    /// the message says where it is.
     pub fn commit(mut self) -> Result<()> {
-        sync_tree(&self.partial)?;
+        if self.found != Found::Published {
+            sync_tree(&self.partial)?;
+        }
         // From here on all the work is done: nothing below may throw it away.
         let partial = std::mem::take(&mut self.partial);
-        let kept = |e: io::Error, what: &str, at: &Path| {
-            let mut error = Error::io(&self.target, &e);
-            if let Error::Io { code, message, .. } = &mut error {
-                if e.kind() == ErrorKind::DirectoryNotEmpty {
-                    *code = "eexist".into();
-                }
-                *message = format!("{e}; {what} {}", at.display());
-            }
-            error
-        };
-        const OUTPUT: &str = "the complete output is kept as";
-        let old = match self.replaces {
-            true => replace(&self.target, &partial).map_err(|e| kept(e, OUTPUT, &partial))?,
-            false => {
-                fs::rename(&partial, &self.target).map_err(|e| kept(e, OUTPUT, &partial))?;
-                None
-            }
-        };
+        if self.found != Found::Published {
+            self.rename(&partial)?;
+        }
         sync_parents(&self.target, self.made_parents.len())?;
-        match old {
-            None => Ok(()),
-            Some(old) => fs::remove_dir_all(&old).map_err(|e| {
-                kept(
-                    e,
-                    "it is replaced, but the directory that was there is still in",
-                    &old,
-                )
-            }),
+        // Where nothing is replaced, another job may have begun under that name.
+        let replaced = self.replaces || self.found == Found::Published;
+        for what in ["partial", "replaced"].iter().filter(|_| replaced) {
+            let old = sibling(&self.target, what);
+            match fs::remove_dir_all(&old) {
+                Err(e) if e.kind() != ErrorKind::NotFound => {
+                    return Err(self.kept(
+                        &e,
+                        "it is replaced, but the directory that was there is still in",
+                        &old,
+                    ));
+                }
+                _ => {}
+            }
+        }
+        match fs::remove_file(self.target.join(MANIFEST)) {
+            Ok(()) => sync_directory(&self.target),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(Error::io(&self.target, &e)),
         }
     }
 
-    /// Removes everything that was written; dropping does the same, silently.
+    fn rename(&self, partial: &Path) -> Result<()> {
+        match self.replaces {
+            true => replace(&self.target, partial),
+            false => fs::rename(partial, &self.target),
+        }
+        .map_err(|e| self.kept(&e, "the complete output is kept as", partial))
+    }
+
+    fn kept(&self, e: &io::Error, what: &str, at: &Path) -> Error {
+        let mut error = Error::io(&self.target, e);
+        if let Error::Io { code, message, .. } = &mut error {
+            if e.kind() == ErrorKind::DirectoryNotEmpty {
+                *code = "eexist".into();
+            }
+            *message = format!("{e}; {what} {}", at.display());
+        }
+        error
+    }
+
+    /// Removes everything that was written, recorded or not.
     ///
     /// # Errors
     /// [`Error::Io`] when something cannot be removed.
     pub fn abort(mut self) -> Result<()> {
-        self.remove()
+        match self.found {
+            Found::Published => Ok(()),
+            _ => self.clear().and_then(|()| self.remove()),
+        }
     }
 
     fn remove(&mut self) -> Result<()> {
         let partial = std::mem::take(&mut self.partial);
-        let removed = match partial.as_os_str().is_empty() {
-            true => Ok(()),
-            false => fs::remove_dir_all(&partial).map_err(|e| Error::io(&partial, &e)),
-        };
+        let removed = fs::remove_dir_all(&partial).map_err(|e| Error::io(&partial, &e));
         // Only empty ones go: the output may be there, or what others wrote.
         for parent in std::mem::take(&mut self.made_parents) {
             if fs::remove_dir(parent).is_err() {
@@ -182,8 +309,84 @@ impl OutputDir {
 
 impl Drop for OutputDir {
     fn drop(&mut self) {
-        // Nobody is left to tell; `abort` is there for who wants to know.
-        let _ = self.remove();
+        let gone = self.partial.as_os_str().is_empty();
+        if !gone && !self.manifest().exists() {
+            // Nobody is left to tell; `abort` is there for who wants to know.
+            let _ = self.remove();
+        }
+    }
+}
+
+/// Makes what these shards of a directory hold durable, and then that its manifest
+/// says so: writes `records` into it, `at` bytes after its start.
+///
+/// # Errors
+/// [`Error::Io`]. Doing it again with the same bytes does no harm.
+pub fn record(directory: &Path, shards: &[&ShardWriter], at: u64, records: &[u8]) -> Result<()> {
+    for shard in shards {
+        shard.sync()?;
+    }
+    // Their names, before the manifest speaks of them.
+    sync_directory(directory)?;
+    let path = directory.join(MANIFEST);
+    let io = |e| Error::io(&path, &e);
+    let file = (OpenOptions::new().write(true).create(true).truncate(false))
+        .open(&path)
+        .map_err(io)?;
+    file.set_len(at).map_err(io)?;
+    file.write_all_at(records, at).map_err(io)?;
+    file.sync_data().map_err(io)?;
+    match at {
+        0 => sync_directory(directory),
+        _ => Ok(()),
+    }
+}
+
+/// The length of a file, and what tells whether anything was done to it since:
+/// another file in its place, a write, even one that put the old time back.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn file_identity(path: impl AsRef<Path>) -> Result<(u64, String)> {
+    let path = path.as_ref();
+    let m = fs::metadata(path).map_err(|e| Error::io(path, &e))?;
+    let identity = format!(
+        "{}:{} {}.{:09} {}.{:09}",
+        m.dev(),
+        m.ino(),
+        m.mtime(),
+        m.mtime_nsec(),
+        m.ctime(),
+        m.ctime_nsec()
+    );
+    Ok((m.len(), identity))
+}
+
+/// Locks a directory, unless `path` names another one by then. The lock goes with
+/// the file, however the process ends.
+fn lock(path: &Path, target: &Path) -> Result<Option<File>> {
+    let file = match File::open(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(|e| Error::io(path, &e))?,
+    };
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(busy(target)),
+        // Some network file systems have no locks.
+        Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => {}
+        Err(TryLockError::Error(e)) => return Err(Error::io(path, &e)),
+    }
+    let identity = |m: fs::Metadata| (m.dev(), m.ino());
+    let locked = file.metadata().map(identity);
+    let named = fs::metadata(path).map(identity);
+    Ok(matches!((locked, named), (Ok(a), Ok(b)) if a == b).then_some(file))
+}
+
+fn busy(target: &Path) -> Error {
+    Error::Io {
+        path: target.display().to_string(),
+        code: "ebusy".into(),
+        message: "another job is writing it; wait for its end, or choose another directory".into(),
     }
 }
 
@@ -250,46 +453,36 @@ fn make_parents(given: &Path, made: &mut Vec<PathBuf>) -> Result<PathBuf> {
     Ok(parent.join(name))
 }
 
-/// Makes a hidden directory beside `target`, with a name of its own.
-fn make_sibling(target: &Path, what: &str) -> Result<PathBuf> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    loop {
-        let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!(".{}.{what}-{}-{n}", file_name(target), std::process::id());
-        let path = target.with_file_name(name);
-        match fs::create_dir(&path) {
-            Ok(()) => return Ok(path),
-            // Left by a process that was killed and had the same id.
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => continue,
-            Err(e) => return Err(Error::io(target.parent().unwrap_or(target), &e)),
-        }
-    }
+/// The hidden name beside `target` of what is on its way to it or from it.
+fn sibling(target: &Path, what: &str) -> PathBuf {
+    target.with_file_name(format!(".{}.{what}", file_name(target)))
 }
 
-/// Puts `partial` in the place of `target`. Returns where the old one is now.
-fn replace(target: &Path, partial: &Path) -> io::Result<Option<PathBuf>> {
+/// Puts `partial` in the place of `target`, and leaves the old one under a hidden
+/// name.
+fn replace(target: &Path, partial: &Path) -> io::Result<()> {
     match renameat_with(CWD, partial, CWD, target, RenameFlags::EXCHANGE) {
         // Both names changed hands in one step.
-        Ok(()) => Ok(Some(partial.into())),
+        Ok(()) => Ok(()),
         // The old one is gone by itself.
-        Err(Errno::NOENT) => fs::rename(partial, target).map(|()| None),
+        Err(Errno::NOENT) => fs::rename(partial, target),
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-            replace_in_two_steps(target, partial).map(Some)
+            replace_in_two_steps(target, partial)
         }
         Err(e) => Err(e.into()),
     }
 }
 
 /// The same for file systems that cannot exchange names: for a moment the old
-/// directory is there only under the name that is returned.
-fn replace_in_two_steps(target: &Path, partial: &Path) -> io::Result<PathBuf> {
-    let aside = make_sibling(target, "replaced").map_err(|e| io::Error::other(e.to_string()))?;
+/// directory is there only under its hidden name.
+fn replace_in_two_steps(target: &Path, partial: &Path) -> io::Result<()> {
+    let aside = sibling(target, "replaced");
     fs::rename(target, &aside)?;
     if let Err(e) = fs::rename(partial, target) {
         fs::rename(&aside, target)?;
         return Err(e);
     }
-    Ok(aside)
+    Ok(())
 }
 
 /// Syncs all files below a directory, and the directories themselves.
@@ -332,7 +525,6 @@ fn is_mount_point(path: &Path) -> bool {
     }
     #[cfg(not(target_os = "linux"))]
     {
-        use std::os::unix::fs::MetadataExt;
         let device = |p: &Path| fs::metadata(p).map(|m| m.dev()).ok();
         path.parent()
             .is_none_or(|parent| device(path) != device(parent))
@@ -351,7 +543,8 @@ mod tests {
             fs::create_dir(dir).unwrap();
             fs::write(dir.join("f"), text).unwrap();
         }
-        let aside = replace_in_two_steps(&target, &partial).unwrap();
+        replace_in_two_steps(&target, &partial).unwrap();
+        let aside = sibling(&target, "replaced");
         assert_eq!(fs::read_to_string(target.join("f")).unwrap(), "complete");
         assert_eq!(fs::read_to_string(aside.join("f")).unwrap(), "old");
 

@@ -76,7 +76,9 @@ struct LateSlot {
 }
 
 impl ShardWriter {
-    /// Creates the file, which must not exist, and reserves its disk space.
+    /// Creates the file, or opens one that an earlier writer of the same entries
+    /// left, and reserves its disk space. What it holds counts as written only
+    /// after [`accept`](Self::accept).
     ///
     /// In a safetensors file tensors with wide elements come first, so that
     /// every tensor is aligned; otherwise they keep the order given. Late entries
@@ -163,7 +165,7 @@ impl ShardWriter {
         let longest: Vec<usize> = late.iter().map(|e| e.max_len).collect();
         writer.data_start = writer.header(writer.entries(&late, &longest))?.len();
         let len = writer.data_start + end.next_multiple_of(alignment);
-        writer.state = RwLock::new(State::Open(create_file(&writer.path, len as u64)?));
+        writer.state = RwLock::new(State::Open(open_file(&writer.path, len as u64)?));
         writer.late = Mutex::new(
             late.into_iter()
                 .map(|entry| LateSlot { entry, bytes: None })
@@ -235,6 +237,47 @@ impl ShardWriter {
         }
         slot.bytes = Some(bytes.to_vec());
         Ok(())
+    }
+
+    /// Reads part of a tensor back, `offset` bytes after its start.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], or [`Error::Io`].
+    pub fn read_at(&self, name: &str, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        let slot = self.slot(name)?;
+        let at = self.data_start + slot.entry.range.start + offset;
+        self.file(|file| file.read_exact_at(bytes, at as u64))
+    }
+
+    /// Bytes of a tensor that is not a late one.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`].
+    pub fn nbytes(&self, name: &str) -> Result<usize> {
+        Ok(self.slot(name)?.entry.nbytes())
+    }
+
+    /// Takes a whole tensor for written, as it is in the file.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`].
+    pub fn accept(&self, name: &str) -> Result<()> {
+        let slot = self.slot(name)?;
+        lock(&slot.written).add(0..slot.entry.nbytes());
+        Ok(())
+    }
+
+    /// Syncs what is written so far to the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn sync(&self) -> Result<()> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        match &*state {
+            State::Open(file) => file.sync_data().map_err(|e| Error::io(&self.path, &e)),
+            // Finishing synced it.
+            _ => Ok(()),
+        }
     }
 
     /// Writes what comes last – late entries and the header –, cuts the file to
@@ -313,15 +356,19 @@ impl ShardWriter {
     }
 
     fn write_slot(&self, slot: &Slot, offset: usize, bytes: &[u8]) -> Result<()> {
-        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        let State::Open(file) = &*state else {
-            return Err(self.not_open());
-        };
         let at = self.data_start + slot.entry.range.start + offset;
-        file.write_all_at(bytes, at as u64)
-            .map_err(|e| Error::io(&self.path, &e))?;
+        self.file(|file| file.write_all_at(bytes, at as u64))?;
         lock(&slot.written).add(offset..offset + bytes.len());
         Ok(())
+    }
+
+    /// Runs `work` on the file while it is open.
+    fn file(&self, work: impl FnOnce(&File) -> std::io::Result<()>) -> Result<()> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        match &*state {
+            State::Open(file) => work(file).map_err(|e| Error::io(&self.path, &e)),
+            _ => Err(self.not_open()),
+        }
     }
 
     /// All entries, the late ones of these lengths.
@@ -393,12 +440,14 @@ impl Coverage {
     }
 }
 
-/// Creates a file that must not exist, with `len` bytes reserved on the disk.
-fn create_file(path: &Path, len: u64) -> Result<File> {
+/// Opens a file, whatever it holds, with `len` bytes reserved on the disk.
+fn open_file(path: &Path, len: u64) -> Result<File> {
     let io = |e: std::io::Error| Error::io(path, &e);
     let file = OpenOptions::new()
+        .read(true)
         .write(true)
-        .create_new(true)
+        .create(true)
+        .truncate(false)
         .open(path)
         .map_err(io)?;
     let reserved = loop {

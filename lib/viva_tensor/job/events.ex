@@ -1,0 +1,73 @@
+defmodule VivaTensor.Job.Events do
+  @moduledoc """
+  What a job tells others: messages to the process that it keeps informed, and
+  telemetry. All of it is called in the job's process.
+  """
+
+  alias VivaTensor.{Error, Job, Telemetry}
+  alias VivaTensor.Job.{Options, Step, Unit}
+
+  @doc "Tells the process that wants to know."
+  @spec notify(%{options: Options.t()}, term) :: term
+  def notify(%{options: %{notify: nil}}, _event), do: :ok
+  def notify(%{options: %{notify: pid}}, event), do: send(pid, {:viva_tensor_job, self(), event})
+
+  @doc "A job begins."
+  @spec started(Options.t()) :: :ok
+  def started(options) do
+    measurements = %{system_time: System.system_time()}
+    Telemetry.execute([:viva_tensor, :job, :start], measurements, job(options))
+  end
+
+  @doc "A job has ended, after `duration`."
+  @spec ended(Options.t(), Job.result(), integer) :: :ok
+  def ended(options, {:error, error}, duration) do
+    metadata = Map.put(job(options), :error, error)
+    Telemetry.execute([:viva_tensor, :job, :exception], %{duration: duration}, metadata)
+  end
+
+  def ended(options, {_ok_or_partial, report}, duration) do
+    measurements =
+      report |> Map.take([:input_bytes, :output_bytes]) |> Map.put(:duration, duration)
+
+    metadata = Map.put(job(options), :quarantined, length(report.quarantined))
+    Telemetry.execute([:viva_tensor, :job, :stop], measurements, metadata)
+  end
+
+  @doc "An attempt failed. What a unit returned it has told itself; a dead worker cannot."
+  @spec failed(Step.t(), term) :: :ok
+  def failed(%{work: {:unit, unit, _id}} = step, reason) do
+    if match?(%Error{}, reason) do
+      :ok
+    else
+      metadata = Map.put(unit(step, unit), :crash, reason)
+      Telemetry.execute([:viva_tensor, :unit, :exception], %{duration: 0}, metadata)
+    end
+  end
+
+  def failed(_step, _reason), do: :ok
+
+  @doc "A unit is put aside."
+  @spec quarantined(%{options: Options.t()}, map) :: term
+  def quarantined(data, why) do
+    metadata = Map.merge(%{job: self()}, why)
+    Telemetry.execute([:viva_tensor, :unit, :quarantine], %{attempts: why.attempts}, metadata)
+    notify(data, {:quarantined, why})
+  end
+
+  @doc "What events say of a unit."
+  @spec unit(Step.t(), Unit.t()) :: map
+  def unit(step, unit) do
+    %{job: self(), name: unit.name, action: unit.action, attempt: step.attempt}
+  end
+
+  defp job(options) do
+    %{
+      job: self(),
+      source: options.source,
+      to: options.to,
+      format: Map.get(options.recipe, :format),
+      layout: options.recipe.layout
+    }
+  end
+end

@@ -1,0 +1,77 @@
+defmodule VivaTensor.Job.Ledger do
+  @moduledoc """
+  What a job has yet to record in its manifest, and what is on its way there.
+
+  Syncing takes as long for many records as for one, so one write is under way at a
+  time and takes along everything that was added during the one before.
+  """
+
+  alias VivaTensor.Job.{Manifest, Shard}
+
+  defstruct at: 0, head: [], pending: [], shards: %{}, unrecorded: {0, 0}, writing: nil
+
+  @typedoc """
+  `head` comes before the first unit: a job that has finished none leaves no manifest.
+  """
+  @type t :: %__MODULE__{
+          at: non_neg_integer,
+          head: [Manifest.record()],
+          pending: [Manifest.record()],
+          shards: %{reference => true},
+          unrecorded: {non_neg_integer, non_neg_integer},
+          writing: nil | {[Manifest.record()], pos_integer}
+        }
+
+  @doc "A ledger whose next record goes to `at`, after those of `head`."
+  @spec new([Manifest.record()], non_neg_integer) :: t
+  def new(head, at \\ 0), do: %__MODULE__{head: head, at: at}
+
+  @doc "Adds a record, and the shard to sync before."
+  @spec add(t, Manifest.record(), Shard.t() | nil) :: t
+  def add(ledger, record, shard \\ nil)
+
+  def add(ledger, record, nil) do
+    {pending, written} = ledger.unrecorded
+    unrecorded = {pending + bytes(record), written}
+    %{ledger | pending: [record | ledger.pending], unrecorded: unrecorded}
+  end
+
+  def add(ledger, record, %Shard{ref: ref}) do
+    %{add(ledger, record) | shards: Map.put(ledger.shards, ref, true)}
+  end
+
+  defp bytes({:unit, _shard, _name, %{row: row}}), do: row.input_bytes
+  defp bytes(_record), do: 0
+
+  @doc "Whether everything that was added is recorded."
+  @spec idle?(t) :: boolean
+  def idle?(ledger), do: ledger.pending == [] and ledger.writing == nil
+
+  @doc "Bytes of the source whose units are done and not recorded."
+  @spec unrecorded(t) :: non_neg_integer
+  def unrecorded(%{unrecorded: {pending, written}}), do: pending + written
+
+  @doc "Starts the next write: what to sync and the bytes to write, or nothing."
+  @spec next(t) :: {[reference], non_neg_integer, binary, t} | :nothing
+  def next(%{writing: nil, pending: [_ | _]} = ledger) do
+    records = Enum.reverse(ledger.pending)
+    magic = if ledger.at == 0, do: Manifest.head(), else: ""
+    bytes = IO.iodata_to_binary([magic, Manifest.encode(ledger.head ++ records)])
+    shards = Map.keys(ledger.shards)
+
+    {pending, 0} = ledger.unrecorded
+    writing = {records, byte_size(bytes)}
+    ledger = %{ledger | pending: [], shards: %{}, unrecorded: {0, pending}, writing: writing}
+    {shards, ledger.at, bytes, ledger}
+  end
+
+  def next(_ledger), do: :nothing
+
+  @doc "Ends a write: the records that are in the manifest now."
+  @spec written(t) :: {[Manifest.record()], t}
+  def written(%{writing: {records, size}} = ledger) do
+    {pending, _written} = ledger.unrecorded
+    ledger = %{ledger | at: ledger.at + size, head: [], unrecorded: {pending, 0}}
+    {records, %{ledger | writing: nil}}
+  end
+end

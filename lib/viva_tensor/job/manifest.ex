@@ -1,0 +1,94 @@
+defmodule VivaTensor.Job.Manifest do
+  @moduledoc """
+  The file in an unfinished output that says what of it is done.
+
+  It begins with a line that names it and is only appended to. A record is a term
+  behind its length and checksum, so that one that was torn by the end of a machine,
+  and whatever follows it, is not taken for anything:
+
+      size :: 32, crc32 of the term :: 32, term :: size bytes
+
+  The records, each made durable after what it speaks of:
+
+  - `{:begin, %{identity: identity, options: keyword}}` - what the job is to do, first
+  - `{:resumed, identity}` - with what it was gone on with
+  - `{:unit, shard, name, %{row:, source_hash:, parts:}}` - a finished unit; `parts`
+    are `{tensor, sha256, content}`, the content of a tensor that the shard gets only
+    when it is finished, `nil` for others
+  - `{:kept, shard, name, reason}` - a weight that has to be kept after all
+  - `{:rewritten, shard, %{name => reason}}` - a shard that others replace
+  - `{:named, [{file, final}]}` - the files of shards get these names
+  - `{:published, report}` - everything is there and about to appear
+  """
+
+  alias VivaTensor.Error
+  alias VivaTensor.Job.FileError
+
+  @magic "viva_tensor manifest 1\n"
+
+  @typedoc "A shard's id."
+  @type shard :: [non_neg_integer]
+
+  @type record ::
+          {:begin, map}
+          | {:resumed, map}
+          | {:unit, shard, String.t(), map}
+          | {:kept, shard, String.t(), String.t()}
+          | {:rewritten, shard, %{String.t() => String.t()}}
+          | {:named, [{String.t(), String.t()}]}
+          | {:published, map}
+
+  @doc """
+  Records as they are appended.
+
+      iex> alias VivaTensor.Job.Manifest
+      iex> bytes = IO.iodata_to_binary([Manifest.head(), Manifest.encode([{:kept, [0], "a", "NaN"}])])
+      iex> Manifest.decode(bytes)
+      {:ok, [{:kept, [0], "a", "NaN"}], byte_size(bytes)}
+      iex> {:ok, [], at} = Manifest.decode(binary_part(bytes, 0, byte_size(bytes) - 1))
+      iex> at == byte_size(Manifest.head())
+      true
+  """
+  @spec encode([record]) :: iodata
+  def encode(records) do
+    for record <- records do
+      term = :erlang.term_to_binary(record)
+      [<<byte_size(term)::32, :erlang.crc32(term)::32>>, term]
+    end
+  end
+
+  @doc "What a manifest begins with."
+  @spec head() :: binary
+  def head, do: @magic
+
+  @doc "The records of a file, and where the next one goes."
+  @spec read(Path.t()) :: {:ok, [record], non_neg_integer} | {:error, Error.t()}
+  def read(path) do
+    with {:ok, bytes} <- path |> File.read() |> FileError.wrap(:output, path),
+         :error <- decode(bytes) do
+      {:error,
+       Error.new(
+         :output,
+         {:invalid_file, %{path: path, message: "is no manifest of this version"}},
+         "#{path} is no manifest of this version: use --force to begin again"
+       )}
+    end
+  end
+
+  @doc "The same of the bytes of a file; `:error` for any other file."
+  @spec decode(binary) :: {:ok, [record], non_neg_integer} | :error
+  def decode(<<@magic, rest::binary>>), do: records(rest, byte_size(@magic), [])
+  # Torn before there was anything to say.
+  def decode(bytes) when byte_size(bytes) < byte_size(@magic), do: {:ok, [], 0}
+  def decode(_bytes), do: :error
+
+  defp records(<<size::32, crc::32, term::binary-size(size), rest::binary>>, at, found) do
+    if :erlang.crc32(term) == crc do
+      records(rest, at + 8 + size, [:erlang.binary_to_term(term) | found])
+    else
+      {:ok, Enum.reverse(found), at}
+    end
+  end
+
+  defp records(_torn, at, found), do: {:ok, Enum.reverse(found), at}
+end

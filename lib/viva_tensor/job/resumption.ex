@@ -1,0 +1,141 @@
+defmodule VivaTensor.Job.Resumption do
+  @moduledoc """
+  What an earlier job left in an unfinished output, held against what is to be done
+  now.
+
+  Nothing is taken on trust: what the manifest says is done is read back and hashed
+  before it counts, by the steps of the job that goes on with it.
+  """
+
+  alias VivaTensor.{Error, Native}
+  alias VivaTensor.Job.{FileError, Identity, Manifest, Options, Plan}
+
+  defstruct at: 0, head: [], units: %{}, rewritten: %{}, published: nil
+
+  @typedoc "A finished unit, or why a weight has to be kept."
+  @type unit :: {:unit, map} | {:kept, String.t()}
+
+  @typedoc """
+  `units` are finished ones and weights that have to be kept, by shard and name;
+  `rewritten` shards were replaced by others; `published` is the report of a job that
+  was interrupted after its output appeared.
+  """
+  @type t :: %__MODULE__{
+          at: non_neg_integer,
+          head: [Manifest.record()],
+          units: %{{Manifest.shard(), String.t()} => unit},
+          rewritten: %{Manifest.shard() => %{String.t() => String.t()}},
+          published: map | nil
+        }
+
+  @doc "Nothing: a job that begins."
+  @spec none(Identity.t(), Options.t()) :: t
+  def none(identity, options) do
+    %__MODULE__{head: [{:begin, %{identity: identity, options: Options.to_keyword(options)}}]}
+  end
+
+  @doc """
+  Reads the manifest of an output that is unfinished or published; refuses one whose
+  job was another.
+  """
+  @spec read({:unfinished | :published, Path.t()}, Identity.t(), Plan.t(), Options.t()) ::
+          {:ok, t} | {:error, Error.t()}
+  def read({what, path}, identity, plan, options) do
+    with {:ok, records, at} <- Manifest.read(path) do
+      case records do
+        [{:begin, %{identity: was}} | records] ->
+          found = Enum.reduce(records, %__MODULE__{at: at}, &add/2)
+          was = Enum.reduce(records, was, &latest/2)
+
+          with {:ok, head} <- compare(was, identity, plan, found) do
+            placed(what, %{found | head: head}, records, Path.dirname(path))
+          end
+
+        [] ->
+          {:ok, none(identity, options)}
+      end
+    end
+  end
+
+  defp placed(:published, found, _records, _directory), do: {:ok, found}
+
+  # What was about to appear did not.
+  defp placed(:unfinished, found, records, directory) do
+    with :ok <- provisional_names(records, directory), do: {:ok, %{found | published: nil}}
+  end
+
+  defp latest({:resumed, identity}, _was), do: identity
+  defp latest(_record, was), do: was
+
+  defp add({:unit, shard, name, unit}, found), do: put(found, shard, name, {:unit, unit})
+  defp add({:kept, shard, name, reason}, found), do: put(found, shard, name, {:kept, reason})
+
+  defp add({:rewritten, shard, kept}, found) do
+    %{found | rewritten: Map.put(found.rewritten, shard, kept)}
+  end
+
+  defp add({:published, report}, found), do: %{found | published: report}
+  defp add(_record, found), do: found
+
+  defp put(found, shard, name, what) do
+    %{found | units: Map.put(found.units, {shard, name}, what)}
+  end
+
+  defp compare(was, now, plan, found) do
+    case Identity.compare(was, now) do
+      {:same, []} ->
+        head = if was == now, do: [], else: [{:resumed, now}]
+        {:ok, head}
+
+      {:look, touched} ->
+        with :ok <- same_content(found.units, touched, plan), do: {:ok, [{:resumed, now}]}
+
+      {:error, error} ->
+        {:error, error}
+    end
+  end
+
+  # Scales that weights share come from all of them, finished or not.
+  defp same_content(_units, touched, %{groups: [_ | _]}) do
+    {:error, Identity.source_changed(for(name <- touched, do: {name, "was written to"}))}
+  end
+
+  defp same_content(units, _touched, plan) do
+    conversion = conversion(plan.work)
+
+    Enum.reduce_while(units, :ok, fn
+      {{_shard, name}, {:unit, %{source_hash: was}}}, :ok ->
+        case plan.checkpoint.ref
+             |> Native.unit_source_hash(name, conversion)
+             |> Error.wrap(:source) do
+          {:ok, ^was} -> {:cont, :ok}
+          {:ok, _} -> {:halt, {:error, Identity.source_changed([{name, "has other values"}])}}
+          error -> {:halt, error}
+        end
+
+      _kept, :ok ->
+        {:cont, :ok}
+    end)
+  end
+
+  defp conversion({:convert, ref}), do: ref
+  defp conversion({:quantize, _spec, _observed}), do: nil
+
+  # A job that is interrupted while it gives shards their final names.
+  defp provisional_names(records, directory) do
+    names = for {:named, names} <- records, {file, final} <- names, do: {file, final}
+
+    Enum.reduce_while(Enum.uniq(names), :ok, fn {file, final}, :ok ->
+      [path, named] = for name <- [file, final], do: Path.join(directory, name)
+
+      if File.exists?(named) and not File.exists?(path) do
+        case named |> File.rename(path) |> FileError.wrap(:output, named) do
+          :ok -> {:cont, :ok}
+          error -> {:halt, error}
+        end
+      else
+        {:cont, :ok}
+      end
+    end)
+  end
+end

@@ -1,0 +1,91 @@
+defmodule VivaTensor.Job.Step do
+  @moduledoc """
+  One thing that a worker of a job does: make the plan, read what
+  an earlier job recorded, choose the scales of a group
+  of weights, do a unit or look whether it is done already, finish a shard.
+
+  Its cancel flag is its own and made anew for each attempt, so that one that takes
+  too long can be asked to leave without any other.
+  """
+
+  alias VivaTensor.Job.{Manifest, Observation, Resumption, Shard, Unit}
+  alias VivaTensor.Native
+
+  @enforce_keys [:work, :bytes]
+  defstruct [:work, :bytes, :ticket, :cancel, :pid, :timer, attempt: 1, overdue: false]
+
+  @type work ::
+          :plan
+          | {:compare, {:unfinished | :published, Path.t()}}
+          | {:search, Observation.group()}
+          | {:unit, Unit.t(), Manifest.shard()}
+          | {:recall, Unit.t(), Manifest.shard(), Resumption.unit()}
+          | {:finish, Manifest.shard()}
+
+  @type t :: %__MODULE__{
+          work: work,
+          bytes: non_neg_integer,
+          ticket: reference | nil,
+          cancel: reference | nil,
+          pid: pid | nil,
+          timer: reference | nil,
+          attempt: pos_integer,
+          overdue: boolean
+        }
+
+  @doc "A step that may take so much memory."
+  @spec new(work, non_neg_integer) :: t
+  def new(work, bytes \\ 0), do: %__MODULE__{work: work, bytes: bytes}
+
+  @doc "The step that does a unit of a shard."
+  @spec unit(Unit.t(), Manifest.shard()) :: t
+  def unit(unit, id), do: new({:unit, unit, id}, Unit.bytes(unit))
+
+  @doc "The steps of a shard, of which an earlier job recorded some units."
+  @spec all(Shard.t(), %{{Manifest.shard(), String.t()} => Resumption.unit()}) :: [t]
+  def all(%Shard{units: []} = shard, _recorded), do: [new({:finish, shard.id})]
+
+  def all(%Shard{} = shard, recorded) do
+    for unit <- shard.units do
+      case Map.fetch(recorded, {shard.id, unit.name}) do
+        {:ok, unit_then} -> new({:recall, unit, shard.id, unit_then})
+        :error -> unit(unit, shard.id)
+      end
+    end
+  end
+
+  @doc "The step with a cancel flag for its next attempt."
+  @spec armed(t) :: t
+  def armed(step), do: %{step | cancel: Native.cancel_flag(), overdue: false}
+
+  @doc "What is left of a step when its worker has returned."
+  @spec ended(t) :: t
+  def ended(step) do
+    if step.timer, do: Process.cancel_timer(step.timer)
+    %{step | ticket: nil, pid: nil, timer: nil}
+  end
+
+  @doc "The step, to be tried once more."
+  @spec again(t) :: t
+  def again(step), do: %{step | attempt: step.attempt + 1}
+
+  @doc "Whether `unit_timeout` is about it."
+  @spec timed?(t) :: boolean
+  def timed?(%{work: {:unit, _, _}}), do: true
+  def timed?(%{work: {:search, _}}), do: true
+  def timed?(_step), do: false
+
+  @doc "Bytes of the source that are to be done again if it is lost."
+  @spec risk(t) :: non_neg_integer
+  def risk(%{work: {:unit, unit, _}}), do: unit.input_bytes
+  def risk(_step), do: 0
+
+  @doc "What a step is about."
+  @spec name(t) :: String.t()
+  def name(%{work: :plan}), do: "the plan"
+  def name(%{work: {:compare, {_what, manifest}}}), do: manifest
+  def name(%{work: {:search, {into, _, _}}}), do: "the scales of #{into}"
+  def name(%{work: {:finish, id}}), do: "shard #{Enum.join(id, "-")}"
+  def name(%{work: {:unit, unit, _}}), do: unit.name
+  def name(%{work: {:recall, unit, _, _}}), do: unit.name
+end
