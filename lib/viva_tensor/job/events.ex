@@ -8,7 +8,7 @@ defmodule VivaTensor.Job.Events do
   alias VivaTensor.Job.{Options, Step, Unit}
 
   @doc "Tells the process that wants to know."
-  @spec notify(%{options: Options.t()}, term) :: term
+  @spec notify(%{required(:options) => Options.t(), optional(any) => any}, term) :: term
   def notify(%{options: %{notify: nil}}, _event), do: :ok
   def notify(%{options: %{notify: pid}}, event), do: send(pid, {:viva_tensor_job, self(), event})
 
@@ -48,7 +48,7 @@ defmodule VivaTensor.Job.Events do
   def failed(_step, _reason), do: :ok
 
   @doc "A unit is put aside."
-  @spec quarantined(%{options: Options.t()}, map) :: term
+  @spec quarantined(%{required(:options) => Options.t(), optional(any) => any}, map) :: term
   def quarantined(data, why) do
     metadata = Map.merge(%{job: self()}, why)
     Telemetry.execute([:viva_tensor, :unit, :quarantine], %{attempts: why.attempts}, metadata)

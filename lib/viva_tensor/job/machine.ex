@@ -49,7 +49,7 @@ defmodule VivaTensor.Job.Machine do
   @attempts 3
   @backoff_ms 50
   # What a worker has to leave its native call after it was told to.
-  @grace_ms 5_000
+  @grace_ms 1_000
   # What may be done again however small the units are: syncing each of them would take
   # longer.
   @small_bytes 256 * 1024
@@ -164,6 +164,9 @@ defmodule VivaTensor.Job.Machine do
 
   def handle_event(:info, {:DOWN, ref, :process, _pid, reason}, state, data)
       when is_map_key(data.running, ref) do
+    # The native call of a killed worker goes on.
+    Native.cancel(data.running[ref].cancel)
+
     case returned(ref, data) do
       {%{overdue: true} = step, data} -> overdue(state, step, data)
       {step, data} -> failed(state, step, reason, data)
