@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::formats;
 use crate::formats::ggml_blocks::Blocks;
 use crate::formats::{iq4, k_quants, q_blocks};
+use crate::simd::sink::Out;
 use crate::steps::Steps;
 use crate::tensor::{DType, Tensor};
 
@@ -391,8 +392,13 @@ pub trait Grid: Sync {
 
 /// Reads elements back.
 pub trait Decode: Sync {
-    /// Writes elements `start .. start + out.len()`, in row-major order.
-    fn decode(&self, start: usize, out: &mut [f32]);
+    /// Writes elements `start .. start + out.values.len()`, in row-major order.
+    fn decode_into(&self, start: usize, out: Out);
+
+    /// The same where they are soon read.
+    fn decode(&self, start: usize, out: &mut [f32]) {
+        self.decode_into(start, Out::near(out));
+    }
 
     /// The same as integers under scales, where the format is that or nearly so.
     fn steps(&self) -> Option<&dyn Steps> {

@@ -123,7 +123,21 @@ impl SmallFloat {
         (code | ((bits >> 31) << self.sign_bit)) as u8
     }
 
-    /// The value of a code. Runs of codes look it up in a table.
+    /// By how many bits a code is shifted to be an f32 with too small an exponent,
+    /// and what mends that.
+    pub fn widening(self) -> (u32, f32) {
+        (self.cut(), f32::from_bits((127 + self.rebias()) << 23))
+    }
+
+    /// What the code of infinity would be worth as a number; none where there is no
+    /// infinity.
+    pub fn infinity(self) -> Option<f32> {
+        let (shift, factor) = self.widening();
+        let has = self.infinity != self.largest;
+        has.then(|| f32::from_bits(self.infinity << shift) * factor)
+    }
+
+    /// The value of a code.
     pub const fn decode(self, code: u8) -> f32 {
         let sign = (code as u32 >> self.sign_bit) << 31;
         let magnitude = code as u32 & ((1 << self.sign_bit) - 1);

@@ -286,10 +286,8 @@ fn check_values(q: &Quantized, values: &[f32], random: &mut Random, what: &str) 
     let decoder = q.spec.format().unwrap().decoder(q).unwrap();
     let n = values.len();
     let window = |start: usize, end: usize| {
-        let mut out = vec![f32::NAN; end - start];
-        decoder.decode(start, &mut out);
         same(
-            &out,
+            &support::decoded(&*decoder, start..end),
             &values[start..end],
             format_args!("{start}..{end} of {what}"),
         );

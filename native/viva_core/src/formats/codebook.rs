@@ -8,6 +8,7 @@
 //! mean is taken off and the rest goes through the dynamic map in blocks of 256,
 //! `absmax = map[code] · nested_absmax + nested_offset`.
 
+use std::ops::Range;
 use std::sync::LazyLock;
 
 use crate::error::{Error, Result};
@@ -18,7 +19,9 @@ use crate::format::{
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
 use crate::simd::codebook::{Codebook, Encode, LEAST, decode_run};
 use crate::simd::nibble::{self, Order};
-use crate::simd::{Isa, Op, dispatch};
+use crate::simd::runs::OfBlocks;
+use crate::simd::sink::{Out, Sink, Source};
+use crate::simd::{Isa, dispatch};
 use crate::steps::{Lows, StepForm, Steps, nearest_steps};
 use crate::tensor::{DType, Tensor, element_count, narrow};
 
@@ -346,19 +349,17 @@ struct Decoder<'a> {
 }
 
 impl Decode for Decoder<'_> {
-    fn decode(&self, start: usize, out: &mut [f32]) {
-        if out.is_empty() {
+    fn decode_into(&self, start: usize, out: Out) {
+        if out.values.is_empty() {
             return;
         }
-        let first = start / self.block_len;
-        let last = (start + out.len() - 1) / self.block_len;
+        let end = start + out.values.len();
+        let blocks = start / self.block_len..(end - 1) / self.block_len + 1;
         let mut scratch = Vec::new();
-        let absmax = self.absmax.chunk(first..last + 1, &mut scratch);
-        dispatch(DecodeBlocks {
+        out.fill(ValuesOf {
             decoder: self,
-            absmax,
-            start,
-            out,
+            absmax: self.absmax.chunk(blocks, &mut scratch),
+            range: start..end,
         });
     }
 
@@ -393,33 +394,19 @@ impl Steps for Decoder<'_> {
     }
 }
 
-struct DecodeBlocks<'a, 'b> {
+struct ValuesOf<'a, 'b> {
     decoder: &'a Decoder<'b>,
     absmax: &'a [f32],
-    start: usize,
-    out: &'a mut [f32],
+    range: Range<usize>,
 }
 
-impl Op for DecodeBlocks<'_, '_> {
-    type Output = ();
-
+impl Source for ValuesOf<'_, '_> {
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn pour<I: Isa>(self, isa: I, sink: &mut impl Sink<I>) {
         let d = self.decoder;
-        let mut unpacked = [0u8; 256];
-        let end = self.start + self.out.len();
-        let mut at = self.start;
-        let mut out = self.out;
-        for &scale in self.absmax {
-            let block_end = ((at / d.block_len + 1) * d.block_len).min(end);
-            while at < block_end {
-                let n = (block_end - at).min(unpacked.len());
-                let (run, rest) = out.split_at_mut(n);
-                nibble::unpack(Order::HighFirst, d.codes, at, &mut unpacked[..n]);
-                decode_run(isa, d.table, &unpacked[..n], scale, run);
-                out = rest;
-                at += n;
-            }
+        let packed = (Order::HighFirst, d.codes);
+        for (run, &scale) in OfBlocks::new(self.range, d.block_len).zip(self.absmax) {
+            decode_run(isa, d.table, packed, run, scale, sink);
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::format::{
 };
 use crate::formats::dynamic_map::{self, DYNAMIC_MAP};
 use crate::simd::dispatch;
+use crate::simd::sink::Out;
 use crate::simd::stats::Absmax;
 use crate::tensor::{DType, Tensor, element_count, narrow};
 
@@ -161,10 +162,10 @@ struct Decoder<'a> {
 }
 
 impl Decode for Decoder<'_> {
-    fn decode(&self, start: usize, out: &mut [f32]) {
+    fn decode_into(&self, start: usize, out: Out) {
         let map = &*DYNAMIC_MAP;
         let mut at = start;
-        let mut out = out;
+        let mut out = out.values;
         let mut scratch = Vec::new();
         while !out.is_empty() {
             let block = at / self.block_len;

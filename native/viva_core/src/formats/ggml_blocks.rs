@@ -8,6 +8,7 @@
 //! searches for the least squared error, and is never worse in any block.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use bytemuck::Pod;
 use half::f16;
@@ -21,6 +22,7 @@ use crate::format::{
 use crate::formats::ggml_steps::{Rows, StepBlock};
 use crate::formats::ggml_types::GgmlType;
 use crate::method::mse::ROUND;
+use crate::simd::sink::{Out, Sink, Source, Stored, push_all};
 use crate::simd::{Isa, LANES, Op, columns, dispatch};
 use crate::steps::{StepForm, Steps};
 use crate::tensor::{DType, element_count};
@@ -38,7 +40,7 @@ pub trait Block: Pod + Send + Sync + StepBlock {
     fn search<I: Isa>(isa: I, x: &[f32], out: &mut [Self], scales: &mut Halves);
 
     /// The values of one block.
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]);
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>);
 }
 
 /// ggml's type of that name, whose size the block must have.
@@ -230,7 +232,7 @@ impl<B: Block> Op for EncodeBlocks<'_, B> {
 fn error<I: Isa, B: Block>(isa: I, x: &[f32], block: &B) -> f32 {
     let mut values = [0f32; LONGEST];
     let values = &mut values[..x.len()];
-    block.decode(isa, values);
+    block.decode(isa, &mut Stored::new(isa, values));
     let mut sum = isa.splat(0.0);
     for (x, y) in x.as_chunks().0.iter().zip(values.as_chunks().0) {
         let e = isa.sub(isa.load(x), isa.load(y));
@@ -244,11 +246,11 @@ struct Decoder<'a, B> {
 }
 
 impl<B: Block> Decode for Decoder<'_, B> {
-    fn decode(&self, start: usize, out: &mut [f32]) {
-        dispatch(DecodeBlocks {
+    fn decode_into(&self, start: usize, out: Out) {
+        let range = start..start + out.values.len();
+        out.fill(ValuesOf {
             blocks: self.blocks,
-            start,
-            out,
+            range,
         });
     }
 
@@ -271,47 +273,44 @@ impl<B: Block> Steps for Decoder<'_, B> {
     }
 }
 
-struct DecodeBlocks<'a, B> {
+struct ValuesOf<'a, B> {
     blocks: &'a [B],
-    start: usize,
-    out: &'a mut [f32],
+    range: Range<usize>,
 }
 
-impl<B: Block> Op for DecodeBlocks<'_, B> {
-    type Output = ();
-
+impl<B: Block> Source for ValuesOf<'_, B> {
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let len = B::TYPE.block_len;
-        let (mut at, mut out) = (self.start, self.out);
-        while !out.is_empty() {
-            let (block, from) = (&self.blocks[at / len], at % len);
-            let n = (len - from).min(out.len());
-            let (run, rest) = out.split_at_mut(n);
-            if n == len {
-                block.decode(isa, run);
-            } else {
-                let mut whole = [0f32; LONGEST];
-                block.decode(isa, &mut whole[..len]);
-                run.copy_from_slice(&whole[from..from + n]);
-            }
-            out = rest;
-            at += n;
+    fn pour<I: Isa>(self, isa: I, sink: &mut impl Sink<I>) {
+        let (len, Range { start, end }) = (B::TYPE.block_len, self.range);
+        let whole = start.div_ceil(len)..end / len;
+        if whole.start > whole.end {
+            // Within one block.
+            return part(isa, &self.blocks[whole.end], start % len..end % len, sink);
+        }
+        if start % len > 0 {
+            part(isa, &self.blocks[whole.start - 1], start % len..len, sink);
+        }
+        for block in &self.blocks[whole.clone()] {
+            block.decode(isa, sink);
+        }
+        if end % len > 0 {
+            part(isa, &self.blocks[whole.end], 0..end % len, sink);
         }
     }
 }
 
-/// value(code) of codes in their order.
+/// Some values of a block.
 #[inline(always)]
-pub(super) fn decode_lanes<I: Isa, const R: usize>(
-    isa: I,
-    codes: [[u8; LANES]; R],
-    out: &mut [f32],
-    value: impl Fn(I::F) -> I::F,
-) {
-    for (codes, out) in codes.iter().zip(out.as_chunks_mut().0) {
-        isa.store(value(isa.int_to_float(isa.load_u8(codes))), out);
-    }
+fn part<I: Isa, B: Block>(isa: I, block: &B, range: Range<usize>, sink: &mut impl Sink<I>) {
+    let mut values = [0f32; LONGEST];
+    block.decode(isa, &mut Stored::new(isa, &mut values));
+    push_all(isa, &values[range], sink);
+}
+
+/// Codes as floats.
+#[inline(always)]
+pub(super) fn float_codes<I: Isa>(isa: I, codes: [u8; LANES]) -> I::F {
+    isa.int_to_float(isa.load_u8(&codes))
 }
 
 /// The elements of one block, N of them.

@@ -15,6 +15,7 @@ use super::ggml_blocks::{
 use super::ggml_types::GgmlType;
 use crate::simd::codebook::{Codebook, Search};
 use crate::simd::columns::{self, Columns};
+use crate::simd::sink::Sink;
 use crate::simd::{Isa, LANES};
 
 /// The value of each code.
@@ -67,10 +68,10 @@ fn codes<I: Isa>(isa: I, search: Search<I>, x: &[f32; 32], d: f32) -> [u8; 32] {
 }
 
 #[inline(always)]
-fn decode_32<I: Isa>(isa: I, packed: &[u8; 16], d: f32, out: &mut [f32]) {
+fn decode_32<I: Isa>(isa: I, packed: &[u8; 16], d: f32, out: &mut impl Sink<I>) {
     let (table, d) = (isa.load(&TABLE), isa.splat(d));
-    for (codes, out) in unpack_halves(packed).iter().zip(out.as_chunks_mut().0) {
-        isa.store(isa.mul(d, isa.lookup(table, isa.load_u8(codes))), out);
+    for codes in unpack_halves(packed) {
+        out.push(isa.mul(d, isa.lookup(table, isa.load_u8(&codes))));
     }
 }
 
@@ -110,8 +111,8 @@ impl Block for Iq4Nl {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        decode_32(isa, &self.codes, widened(self.d), out);
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        decode_32(isa, &self.codes, isa.widen(self.d), out);
     }
 }
 
@@ -204,11 +205,10 @@ impl Block for Iq4Xs {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        let d = widened(self.d);
-        let packed = self.codes.as_chunks().0.iter();
-        let blocks = packed.zip(out.chunks_exact_mut(32));
-        for ((packed, out), l) in blocks.zip(self.multiples()) {
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        let d = isa.widen(self.d);
+        let packed = self.codes.as_chunks().0;
+        for (packed, l) in packed.iter().zip(self.multiples()) {
             decode_32(isa, packed, d * l as f32, out);
         }
     }

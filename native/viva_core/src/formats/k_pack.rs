@@ -37,6 +37,13 @@ pub(super) fn unpack_quarters(packed: &[u8; 64], shift: u32) -> [u8; 256] {
     codes
 }
 
+/// The same of the sixteen elements from 16 · `i` on, in their order.
+#[inline(always)]
+pub(super) fn quarter_sixteen(packed: &[u8; 64], i: usize) -> [u8; 16] {
+    let quarter = i / 2 % 4;
+    sixteen(packed, i / 8 * 2 + i % 2).map(|byte| byte >> (2 * quarter) & 3)
+}
+
 /// One bit of 256 codes: byte i holds that of elements i, i + 32 …
 #[inline(always)]
 pub(super) fn pack_bits(codes: &[u8; 256], shift: u32) -> [u8; 32] {
@@ -53,6 +60,12 @@ pub(super) fn add_bits(codes: &mut [u8; 256], packed: &[u8; 32], shift: u32) {
             *code |= (byte >> group & 1) << shift;
         }
     }
+}
+
+/// The same of the sixteen elements from 16 · `i` on.
+#[inline(always)]
+pub(super) fn bit_sixteen(packed: &[u8; 32], i: usize) -> [u8; 16] {
+    sixteen(packed, i % 2).map(|byte| byte >> (i / 2) & 1)
 }
 
 /// Four low bits: of every `2 · RUN` elements byte i holds i and i + RUN.
@@ -90,6 +103,26 @@ pub(super) fn unpack_low<const RUN: usize>(packed: &[u8; 128]) -> [u8; 256] {
         }
     }
     codes
+}
+
+/// The same of the sixteen elements from 16 · `i` on.
+#[inline(always)]
+pub(super) fn low_sixteen<const RUN: usize>(packed: &[u8; 128], i: usize) -> [u8; 16] {
+    let each = RUN / 16;
+    let (run, high) = (i / (2 * each), i / each % 2);
+    sixteen(packed, run * each + i % each).map(|byte| byte >> (4 * high) & 15)
+}
+
+/// Bytes from 16 · `i` on.
+#[inline(always)]
+fn sixteen(bytes: &[u8], i: usize) -> [u8; 16] {
+    bytes.as_chunks().0[i]
+}
+
+/// The bits of both.
+#[inline(always)]
+pub(super) fn either(a: [u8; 16], b: [u8; 16]) -> [u8; 16] {
+    std::array::from_fn(|i| a[i] | b[i])
 }
 
 /// 6-bit scales and 6-bit minima of eight sub-blocks in twelve bytes.

@@ -17,14 +17,15 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::ggml_blocks::{
-    Block, Halves, blocks_of, decode_lanes, nearest, nearest_codes, type_of, widened,
+    Block, Halves, blocks_of, float_codes, nearest, nearest_codes, type_of, widened,
 };
 use super::ggml_types::GgmlType;
 use super::k_pack::{
-    add_bits, pack_bits, pack_low, pack_pairs, pack_quarters, unpack_low, unpack_pairs,
-    unpack_quarters,
+    bit_sixteen, either, low_sixteen, pack_bits, pack_low, pack_pairs, pack_quarters,
+    quarter_sixteen, unpack_pairs,
 };
 use crate::simd::columns::{self, Affine, Columns, Found};
+use crate::simd::sink::Sink;
 use crate::simd::{Isa, LANES};
 
 /// Codes of 256 elements in sub-blocks of N. `sub(i, x)` gives the codes of
@@ -151,23 +152,16 @@ impl Block for Q6K {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        let mut codes = unpack_low::<64>(&self.low);
-        for (code, high) in codes.iter_mut().zip(unpack_quarters(&self.high, 4)) {
-            *code |= high;
-        }
-        let (d, offset) = (isa.splat(widened(self.d)), isa.splat(32.0));
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        let (d, offset) = (isa.splat(isa.widen(self.d)), isa.splat(32.0));
         let mut scales = [0f32; LANES];
         let integers = isa.int_to_float(isa.load_i8(&self.scales));
         isa.store(isa.mul(d, integers), &mut scales);
-        let subs = codes
-            .as_chunks::<LANES>()
-            .0
-            .iter()
-            .zip(out.as_chunks_mut::<LANES>().0);
-        for ((codes, out), d) in subs.zip(scales) {
-            let d = isa.splat(d);
-            decode_lanes(isa, [*codes], out, |code| isa.mul(d, isa.sub(code, offset)));
+        for (i, &d) in scales.iter().enumerate() {
+            let low = low_sixteen::<64>(&self.low, i);
+            let codes = either(low, quarter_sixteen(&self.high, i).map(|c| c << 4));
+            let code = isa.sub(float_codes(isa, codes), offset);
+            out.push(isa.mul(isa.splat(d), code));
         }
     }
 }
@@ -217,23 +211,16 @@ impl Pairs {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, codes: &[u8; 256], out: &mut [f32]) {
-        let (d, m) = (widened(self.d), widened(self.m));
+    fn decode<I: Isa>(&self, isa: I, codes: impl Fn(usize) -> [u8; LANES], out: &mut impl Sink<I>) {
+        let (d, m) = (isa.widen(self.d), isa.widen(self.m));
         let integers = isa.int_to_float(isa.load_u8(&unpack_pairs(&self.packed)));
         let by = std::array::from_fn(|i| if i < 8 { d } else { m });
         let mut numbers = [0f32; LANES];
         isa.store(isa.mul(integers, isa.load(&by)), &mut numbers);
-        let subs = codes
-            .as_chunks::<32>()
-            .0
-            .iter()
-            .zip(out.as_chunks_mut::<32>().0);
-        for (i, (codes, out)) in subs.enumerate() {
-            let (d, m) = (isa.splat(numbers[i]), isa.splat(numbers[8 + i]));
-            let (codes, _) = codes.as_chunks::<LANES>();
-            decode_lanes(isa, [codes[0], codes[1]], out, |code| {
-                isa.sub(isa.mul(d, code), m)
-            });
+        for i in 0..LANES {
+            let (d, m) = (isa.splat(numbers[i / 2]), isa.splat(numbers[8 + i / 2]));
+            let code = float_codes(isa, codes(i));
+            out.push(isa.sub(isa.mul(d, code), m));
         }
     }
 }
@@ -323,10 +310,16 @@ impl Block for Q5K {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        let mut codes = unpack_low::<32>(&self.low);
-        add_bits(&mut codes, &self.high, 4);
-        self.scales.decode(isa, &codes, out);
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        self.scales.decode(
+            isa,
+            #[inline(always)]
+            |i| {
+                let high = bit_sixteen(&self.high, i).map(|c| c << 4);
+                either(low_sixteen::<32>(&self.low, i), high)
+            },
+            out,
+        );
     }
 }
 
@@ -367,8 +360,13 @@ impl Block for Q4K {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        self.scales.decode(isa, &unpack_low::<32>(&self.codes), out);
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        self.scales.decode(
+            isa,
+            #[inline(always)]
+            |i| low_sixteen::<32>(&self.codes, i),
+            out,
+        );
     }
 }
 
@@ -456,18 +454,13 @@ impl Block for Q3K {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        let mut codes = unpack_quarters(&self.low, 0);
-        add_bits(&mut codes, &self.high, 2);
-        let (d, offset) = (widened(self.d), isa.splat(4.0));
-        let subs = codes
-            .as_chunks::<LANES>()
-            .0
-            .iter()
-            .zip(out.as_chunks_mut::<LANES>().0);
-        for ((codes, out), l) in subs.zip(self.multiples()) {
-            let d = isa.splat(d * l as f32);
-            decode_lanes(isa, [*codes], out, |code| isa.mul(d, isa.sub(code, offset)));
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        let (d, offset) = (isa.widen(self.d), isa.splat(4.0));
+        for (i, &l) in self.multiples().iter().enumerate() {
+            let high = bit_sixteen(&self.high, i).map(|c| c << 2);
+            let codes = either(quarter_sixteen(&self.low, i), high);
+            let code = isa.sub(float_codes(isa, codes), offset);
+            out.push(isa.mul(isa.splat(d * l as f32), code));
         }
     }
 }
@@ -536,18 +529,13 @@ impl Block for Q2K {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        let codes = unpack_quarters(&self.codes, 0);
-        let (d, m) = (widened(self.d), widened(self.m));
-        let subs = codes
-            .as_chunks::<LANES>()
-            .0
-            .iter()
-            .zip(out.as_chunks_mut::<LANES>().0);
-        for ((codes, out), scales) in subs.zip(self.scales) {
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        let (d, m) = (isa.widen(self.d), isa.widen(self.m));
+        for (i, &scales) in self.scales.iter().enumerate() {
             let d = isa.splat(d * f32::from(scales & 15));
             let m = isa.splat(m * f32::from(scales >> 4));
-            decode_lanes(isa, [*codes], out, |code| isa.sub(isa.mul(d, code), m));
+            let code = float_codes(isa, quarter_sixteen(&self.codes, i));
+            out.push(isa.sub(isa.mul(d, code), m));
         }
     }
 }

@@ -12,11 +12,12 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::ggml_blocks::{
-    Block, Halves, blocks_of, decode_lanes, nearest_codes, pack_halves, sixteens, type_of,
+    Block, Halves, blocks_of, float_codes, nearest_codes, pack_halves, sixteens, type_of,
     unpack_halves, widened,
 };
 use super::ggml_types::GgmlType;
 use crate::simd::columns::{self, Affine, Columns};
+use crate::simd::sink::Sink;
 use crate::simd::stats::{absmax_each, range_each};
 use crate::simd::{Isa, LANES};
 
@@ -236,10 +237,10 @@ impl Block for Q8_0 {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        let d = isa.splat(widened(self.d));
-        for (codes, out) in self.codes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
-            isa.store(isa.mul(isa.int_to_float(isa.load_i8(codes)), d), out);
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        let d = isa.splat(isa.widen(self.d));
+        for codes in self.codes.as_chunks().0 {
+            out.push(isa.mul(isa.int_to_float(isa.load_i8(codes)), d));
         }
     }
 }
@@ -286,10 +287,13 @@ impl Block for Q4_0 {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        let (d, half) = (isa.splat(widened(self.d)), isa.splat(8.0));
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        let (d, half) = (isa.splat(isa.widen(self.d)), isa.splat(8.0));
         let codes = unpack_halves(&self.codes);
-        decode_lanes(isa, codes, out, |code| isa.mul(isa.sub(code, half), d));
+        for codes in codes {
+            let code = float_codes(isa, codes);
+            out.push(isa.mul(isa.sub(code, half), d));
+        }
     }
 }
 
@@ -338,10 +342,13 @@ impl Block for Q5_0 {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        let (d, half) = (isa.splat(widened(self.d)), isa.splat(16.0));
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        let (d, half) = (isa.splat(isa.widen(self.d)), isa.splat(16.0));
         let codes = add_fifth(unpack_halves(&self.codes), self.high);
-        decode_lanes(isa, codes, out, |code| isa.mul(isa.sub(code, half), d));
+        for codes in codes {
+            let code = float_codes(isa, codes);
+            out.push(isa.mul(isa.sub(code, half), d));
+        }
     }
 }
 
@@ -382,10 +389,13 @@ impl Block for Q4_1 {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        let (d, m) = (isa.splat(widened(self.d)), isa.splat(widened(self.m)));
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        let (d, m) = (isa.splat(isa.widen(self.d)), isa.splat(isa.widen(self.m)));
         let codes = unpack_halves(&self.codes);
-        decode_lanes(isa, codes, out, |code| isa.add(isa.mul(code, d), m));
+        for codes in codes {
+            let code = float_codes(isa, codes);
+            out.push(isa.add(isa.mul(code, d), m));
+        }
     }
 }
 
@@ -429,9 +439,12 @@ impl Block for Q5_1 {
     }
 
     #[inline(always)]
-    fn decode<I: Isa>(&self, isa: I, out: &mut [f32]) {
-        let (d, m) = (isa.splat(widened(self.d)), isa.splat(widened(self.m)));
+    fn decode<I: Isa>(&self, isa: I, out: &mut impl Sink<I>) {
+        let (d, m) = (isa.splat(isa.widen(self.d)), isa.splat(isa.widen(self.m)));
         let codes = add_fifth(unpack_halves(&self.codes), self.high);
-        decode_lanes(isa, codes, out, |code| isa.add(isa.mul(code, d), m));
+        for codes in codes {
+            let code = float_codes(isa, codes);
+            out.push(isa.add(isa.mul(code, d), m));
+        }
     }
 }

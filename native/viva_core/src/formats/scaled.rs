@@ -1,10 +1,14 @@
 //! What the formats of scaled small floats share: value = element · scale.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::format::{Decode, Part, Scale};
 use crate::simd::nibble::{self, Order};
+use crate::simd::runs::OfBlocks;
+use crate::simd::sink::{Out, Sink, Source};
 use crate::simd::small_float::{self, BlockAbsmax, Encode, EncodeTowardZero, Search};
-use crate::simd::{Isa, Op, codebook, dispatch};
+use crate::simd::{Isa, codebook, dispatch};
 use crate::small_float::{E2M1, E2M1_VALUES, E4M3, E4M3_VALUES, E5M2, E5M2_VALUES, SmallFloat};
 use crate::steps::{Lows, StepForm, Steps};
 use crate::tensor::{DType, Tensor};
@@ -165,19 +169,17 @@ pub struct Decoder<'a> {
 }
 
 impl Decode for Decoder<'_> {
-    fn decode(&self, start: usize, out: &mut [f32]) {
-        if out.is_empty() {
+    fn decode_into(&self, start: usize, out: Out) {
+        if out.values.is_empty() {
             return;
         }
-        let first = start / self.block_len;
-        let last = (start + out.len() - 1) / self.block_len;
+        let end = start + out.values.len();
+        let blocks = start / self.block_len..(end - 1) / self.block_len + 1;
         let mut scratch = Vec::new();
-        let scales = self.scales.f32_chunk(first..last + 1, &mut scratch);
-        dispatch(DecodeBlocks {
+        out.fill(ValuesOf {
             decoder: self,
-            scales,
-            start,
-            out,
+            scales: self.scales.f32_chunk(blocks, &mut scratch),
+            range: start..end,
         });
     }
 
@@ -217,43 +219,24 @@ impl Steps for Decoder<'_> {
     }
 }
 
-struct DecodeBlocks<'a, 'b> {
+struct ValuesOf<'a, 'b> {
     decoder: &'a Decoder<'b>,
     scales: &'a [f32],
-    start: usize,
-    out: &'a mut [f32],
+    range: Range<usize>,
 }
 
-impl Op for DecodeBlocks<'_, '_> {
-    type Output = ();
-
+impl Source for ValuesOf<'_, '_> {
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn pour<I: Isa>(self, isa: I, sink: &mut impl Sink<I>) {
         let d = self.decoder;
-        let end = self.start + self.out.len();
-        let mut at = self.start;
-        let mut out = self.out;
-        let mut unpacked = [0u8; 256];
-        for &scale in self.scales {
+        let float = d.elements.float();
+        for (run, &scale) in OfBlocks::new(self.range, d.block_len).zip(self.scales) {
             let scale = scale / d.divisor;
-            let block_end = (at / d.block_len + 1).saturating_mul(d.block_len).min(end);
-            while at < block_end {
-                let n = (block_end - at).min(unpacked.len());
-                let (run, rest) = out.split_at_mut(n);
-                let table = match d.elements {
-                    Elements::E4M3 => &E4M3_VALUES,
-                    Elements::E5M2 => &E5M2_VALUES,
-                    Elements::E2M1 => {
-                        nibble::unpack(Order::LowFirst, d.codes, at, &mut unpacked[..n]);
-                        codebook::decode_run(isa, &E2M1_VALUES, &unpacked[..n], scale, run);
-                        out = rest;
-                        at += n;
-                        continue;
-                    }
-                };
-                small_float::decode_run(table, &d.codes[at..at + n], scale, run);
-                out = rest;
-                at += n;
+            if d.elements.bits() == 8 {
+                small_float::decode_run(isa, float, &d.codes[run], scale, sink);
+            } else {
+                let packed = (Order::LowFirst, d.codes);
+                codebook::decode_run(isa, &E2M1_VALUES, packed, run, scale, sink);
             }
         }
     }

@@ -30,10 +30,12 @@ use crate::format::{
     Decode, Extremes, Format, Granularity, Grid, Input, Method, OptionValue, Options, Part,
     Quantized, Scale, Spec, Values, Zero,
 };
-use crate::simd::int::decode_run;
+use crate::simd::int::Scaled;
+use crate::simd::runs;
+use crate::simd::sink::{Out, Stored};
 use crate::simd::sparsity::{GROUP, PLACES, Pick, expand, mask, pick};
 use crate::simd::{Isa, Op, dispatch, small_float};
-use crate::small_float::E4M3_VALUES;
+use crate::small_float::E4M3;
 use crate::tensor::{DType, Tensor, element_count, narrow, widen};
 
 /// The format.
@@ -369,7 +371,8 @@ struct Decoder<'a> {
 }
 
 impl Decode for Decoder<'_> {
-    fn decode(&self, start: usize, out: &mut [f32]) {
+    fn decode_into(&self, start: usize, out: Out) {
+        let out = out.values;
         let first = start / GROUP * GROUP;
         let end = (start + out.len()).next_multiple_of(GROUP);
         if out.is_empty() {
@@ -426,9 +429,20 @@ impl Op for DecodeRows<'_, '_> {
                 Some(scales) => {
                     let of = if shared { 0 } else { r };
                     let scale = scales.f32_chunk(of..of + 1, &mut scratch)[0];
+                    let kept = &mut Stored::new(isa, kept);
+                    let line = Scaled {
+                        zero: 0,
+                        scale,
+                        factor: 1.0,
+                    };
                     match dtype {
-                        DType::I8 => decode_run(isa, bytes, true, 0, (scale, 1.0), kept),
-                        _ => small_float::decode_run(&E4M3_VALUES, bytes, scale, kept),
+                        DType::I8 => runs::decode(
+                            bytes,
+                            kept,
+                            #[inline(always)]
+                            |codes| line.values(isa, isa.load_i8(codes)),
+                        ),
+                        _ => small_float::decode_run(isa, E4M3, bytes, scale, kept),
                     }
                 }
             }

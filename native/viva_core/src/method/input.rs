@@ -4,6 +4,7 @@
 
 use crate::error::Result;
 use crate::format::{Decode, INPUT_SCALE, Quantized};
+use crate::simd::sink::Out;
 
 /// Columns that are rotated together: the greatest power of two that divides k.
 fn span(k: usize) -> usize {
@@ -84,7 +85,8 @@ struct Decoder<'a> {
 }
 
 impl Decode for Decoder<'_> {
-    fn decode(&self, start: usize, out: &mut [f32]) {
+    fn decode_into(&self, start: usize, out: Out) {
+        let out = out.values;
         // Whole rows, since a rotation mixes them.
         let first = start / self.k;
         let last = (start + out.len()).div_ceil(self.k);

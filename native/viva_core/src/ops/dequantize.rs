@@ -7,7 +7,14 @@ use crate::error::{Error, Result};
 use crate::format::Quantized;
 use crate::method::input;
 use crate::simd::memory;
+use crate::simd::sink::Out;
 use crate::tensor::{DType, narrow};
+
+/// Bytes of a result of which caches lose the first before the last are written.
+const PAST_CACHES: usize = 16 << 20;
+
+/// Elements of one task then: it ends with waiting for what it wrote.
+const STREAMED: usize = 256 * 1024;
 
 /// Bytes that [`dequantize_into`] writes.
 pub fn dequantized_len(q: &Quantized, dtype: DType) -> usize {
@@ -37,20 +44,26 @@ pub fn dequantize_into(q: &Quantized, dtype: DType, out: &mut [u8], cancel: &Can
     let decoder = input::decoder(q)?;
     memory::use_huge_pages(out);
     let size = dtype.size();
+    let past_caches = dtype == DType::F32 && out.len() >= PAST_CACHES;
+    let chunk = if past_caches { STREAMED } else { CHUNK };
     pool::run(|| {
-        out.par_chunks_mut(CHUNK * size)
+        out.par_chunks_mut(chunk * size)
             .enumerate()
             .try_for_each_init(Vec::new, |scratch, (i, out)| {
                 cancel.check()?;
                 if dtype == DType::F32
                     && let Ok(out) = bytemuck::try_cast_slice_mut(out)
                 {
-                    decoder.decode(i * CHUNK, out);
+                    let values = Out {
+                        values: out,
+                        past_caches,
+                    };
+                    decoder.decode_into(i * chunk, values);
                     return Ok(());
                 }
                 scratch.clear();
                 scratch.resize(out.len() / size, 0f32);
-                decoder.decode(i * CHUNK, scratch);
+                decoder.decode(i * chunk, scratch);
                 narrow(dtype, scratch, out)
             })
     })

@@ -1,7 +1,7 @@
 //! Integer codes under a float zero point: value = code · scale + bias.
 
 use super::int::{Quotient, Ratio, Rounding, round_clamped, round_scale};
-use super::runs::{self, each_and_ones};
+use super::runs::each_and_ones;
 use super::{Isa, LANES, Op};
 use crate::format::Method;
 use crate::method::{affine, hqq};
@@ -163,16 +163,4 @@ fn codes<I: Isa>(isa: I, x: &[f32], out: &mut [u8], line: Line, top: f32) {
         ratio: Quotient::new(isa, line.scale, 1.0 / line.scale),
     };
     Rounding::new(isa, (0, top as i32), 0).codes(x, out, steps);
-}
-
-/// Values of consecutive codes of one block: code · scale + bias.
-#[inline(always)]
-pub fn decode_run<I: Isa>(isa: I, codes: &[u8], line: Line, out: &mut [f32]) {
-    runs::decode(
-        isa,
-        codes,
-        out,
-        #[inline(always)]
-        |codes| line.value(isa, isa.int_to_float(isa.load_u8(codes))),
-    );
 }

@@ -1,7 +1,11 @@
 //! 4-bit codes into a table of sixteen values.
 
+use std::ops::Range;
+
 use super::memory::prefetch;
+use super::nibble::Order;
 use super::runs;
+use super::sink::Sink;
 use super::stats::{absmax_each, stays_zero, together};
 use super::{Isa, LANES, Op};
 use crate::method::mse::{Best, ROUND, squared_error};
@@ -322,16 +326,24 @@ impl Op for Encode<'_> {
     }
 }
 
-/// Values of consecutive codes, one a byte: `table[code] · scale`.
+/// Values of codes, two a byte: `table[code] · scale`.
 #[inline(always)]
-pub fn decode_run<I: Isa>(isa: I, table: &[f32; 16], codes: &[u8], scale: f32, out: &mut [f32]) {
+pub fn decode_run<I: Isa>(
+    isa: I,
+    table: &[f32; 16],
+    packed: (Order, &[u8]),
+    range: Range<usize>,
+    scale: f32,
+    out: &mut impl Sink<I>,
+) {
     let table = isa.load(table);
     let scale = isa.splat(scale);
-    runs::decode(
+    runs::decode_halves(
         isa,
-        codes,
+        packed,
+        range,
         out,
         #[inline(always)]
-        |codes| isa.mul(isa.lookup(table, isa.load_u8(codes)), scale),
+        |codes| isa.mul(isa.lookup(table, codes), scale),
     );
 }

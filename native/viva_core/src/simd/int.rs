@@ -513,33 +513,24 @@ fn round_one<I: Isa>(
     (code, isa.add(isa.mul(steps, scale), bias))
 }
 
-/// Values of consecutive codes under one scale: (code − zero) · scale · factor.
-/// Codes are signed bytes for symmetric int8, unsigned otherwise.
-#[inline(always)]
-pub fn decode_run<I: Isa>(
-    isa: I,
-    codes: &[u8],
-    signed: bool,
-    zero: i32,
-    (scale, factor): (f32, f32),
-    out: &mut [f32],
-) {
-    let zero = isa.splat_u(zero as u32);
-    let (scale, factor) = (isa.splat(scale), isa.splat(factor));
-    runs::decode(
-        isa,
-        codes,
-        out,
-        #[inline(always)]
-        |codes| {
-            let code = if signed {
-                isa.load_i8(codes)
-            } else {
-                isa.sub_u(isa.load_u8(codes), zero)
-            };
-            isa.mul(isa.mul(isa.int_to_float(code), scale), factor)
-        },
-    );
+/// Values under one scale: (code − zero) · scale · factor.
+#[derive(Clone, Copy, Debug)]
+pub struct Scaled {
+    pub zero: i32,
+    pub scale: f32,
+    pub factor: f32,
+}
+
+impl Scaled {
+    /// The value of each code.
+    #[inline(always)]
+    pub fn values<I: Isa>(self, isa: I, codes: I::U) -> I::F {
+        let steps = isa.int_to_float(isa.sub_u(codes, isa.splat_u(self.zero as u32)));
+        isa.mul(
+            isa.mul(steps, isa.splat(self.scale)),
+            isa.splat(self.factor),
+        )
+    }
 }
 
 #[cfg(test)]

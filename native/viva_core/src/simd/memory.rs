@@ -22,6 +22,16 @@ pub fn prefetch<T>(at: *const T, bytes: usize) {
     }
 }
 
+/// Waits until what was streamed past the caches is there for all to see.
+#[inline(always)]
+pub fn streamed() {
+    // SAFETY: part of the baseline, and it touches no memory itself.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        core::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// Asks for pages of 2 MiB where those bytes have room for them: filling them in costs a
 /// fault for each, and reading and writing fewer look-ups of addresses. A system that has
 /// none refuses, and no harm done.

@@ -23,6 +23,7 @@ pub mod outliers;
 pub mod panel;
 pub mod product;
 pub mod runs;
+pub mod sink;
 pub mod small_float;
 pub mod sparsity;
 pub mod stats;
@@ -34,7 +35,7 @@ mod x86;
 
 #[cfg(target_arch = "aarch64")]
 pub use neon::{Neon, NeonDotprod, NeonI8mm};
-pub use vector::{Isa, LANES, Portable};
+pub use vector::{Isa, LANES, Line, Portable};
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx2Vnni, Avx512, Avx512Bf16, Avx512Vnni};
 

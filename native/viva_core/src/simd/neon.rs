@@ -116,6 +116,10 @@ impl<const DOTS: u8> Isa for NeonWith<DOTS> {
         fn bits(self, v: Floats) -> Ints { each!(v => vreinterpretq_u32_f32(v)) }
         fn floats(self, v: Ints) -> Floats { each!(v => vreinterpretq_f32_u32(v)) }
         fn and(self, a: Ints, b: Ints) -> Ints { each!(a, b => vandq_u32(a, b)) }
+        fn shift_left(self, v: Ints, by: u32) -> Ints {
+            let by = vdupq_n_s32(by as i32);
+            each!(v => vshlq_u32(v, by))
+        }
         fn add_u(self, a: Ints, b: Ints) -> Ints { each!(a, b => vaddq_u32(a, b)) }
         fn sub_u(self, a: Ints, b: Ints) -> Ints { each!(a, b => vsubq_u32(a, b)) }
         fn max_u(self, a: Ints, b: Ints) -> Ints { each!(a, b => vmaxq_u32(a, b)) }

@@ -4,8 +4,10 @@
 //! compiler turns into each level's vectors. Searches need values only, which
 //! [`nearest`] gives in fewer steps.
 
+use super::runs;
+use super::sink::Sink;
 use super::stats::absmax;
-use super::{Isa, Op};
+use super::{Isa, LANES, Op};
 use crate::method::mse::squared_error;
 use crate::small_float::SmallFloat;
 
@@ -155,18 +157,48 @@ impl Op for Search<'_> {
     }
 }
 
-/// Values of consecutive codes of eight bits: `table[code] · scale`.
+/// The values of codes of eight bits, as [`SmallFloat::decode`] gives them.
 #[inline(always)]
-pub fn decode_run(table: &[f32; 256], codes: &[u8], scale: f32, out: &mut [f32]) {
-    for (out, &code) in out.iter_mut().zip(codes) {
-        *out = table[usize::from(code)] * scale;
-    }
+fn values<I: Isa>(isa: I, float: SmallFloat, codes: &[u8; LANES]) -> I::F {
+    let codes = isa.load_u8(codes);
+    let (shift, factor) = float.widening();
+    let magnitude = isa.shift_left(isa.and(codes, isa.splat_u(0x7f)), shift);
+    let value = isa.mul(isa.floats(magnitude), isa.splat(factor));
+    // What would come after the largest value is infinity, or no number.
+    let past = isa.splat(float.max());
+    let value = match float.infinity() {
+        None => isa.choose(value, past, isa.splat(f32::NAN), value),
+        Some(infinity) => {
+            let number = isa.choose(value, past, isa.splat(f32::INFINITY), value);
+            isa.choose(value, isa.splat(infinity), isa.splat(f32::NAN), number)
+        }
+    };
+    let sign = isa.shift_left(isa.and(codes, isa.splat_u(0x80)), 24);
+    isa.floats(isa.add_u(isa.bits(value), sign))
+}
+
+/// Values of consecutive codes of eight bits under one scale.
+#[inline(always)]
+pub fn decode_run<I: Isa>(
+    isa: I,
+    float: SmallFloat,
+    codes: &[u8],
+    scale: f32,
+    out: &mut impl Sink<I>,
+) {
+    let scale = isa.splat(scale);
+    runs::decode(
+        codes,
+        out,
+        #[inline(always)]
+        |codes| isa.mul(values(isa, float, codes), scale),
+    );
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::{LANES, dispatch_at, levels};
+    use crate::simd::{dispatch_at, levels};
     use crate::small_float::{E2M1, E4M3, E5M2};
 
     struct Nearest<'a>(SmallFloat, &'a [f32; LANES]);

@@ -4,8 +4,18 @@
 //! logical lanes, so element i of a slice always meets lane i mod 16 and sums
 //! are the same bits everywhere; only [`Isa::mul_add`] may round differently.
 
+use bytemuck::{Pod, Zeroable};
+use half::f16;
+
+use super::nibble::{self, Order};
+
 /// Lanes of every vector.
 pub const LANES: usize = 16;
+
+/// A vector in memory as the machine has its lines there.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub struct Line(pub [f32; LANES]);
 
 /// The operations that kernels need, on sixteen lanes of f32 or u32.
 pub trait Isa: Copy {
@@ -17,6 +27,8 @@ pub trait Isa: Copy {
     const ACCUMULATORS: usize;
     /// Whether [`Isa::fused`] is one instruction.
     const FUSES: bool;
+    /// Whether [`Isa::stream`] goes past the caches.
+    const STREAMS: bool = false;
 
     fn splat(self, v: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
@@ -39,6 +51,11 @@ pub trait Isa: Copy {
     fn choose(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
     /// Rounds to the nearest f16, ties to even, and back.
     fn round_f16(self, v: Self::F) -> Self::F;
+    /// An f16 from its bytes.
+    #[inline(always)]
+    fn widen(self, half: [u8; 2]) -> f32 {
+        f16::from_le_bytes(half).to_f32()
+    }
     /// Signed integers to floats.
     fn int_to_float(self, v: Self::U) -> Self::F;
     /// Numbers below 2³¹ to signed integers, toward zero.
@@ -52,6 +69,8 @@ pub trait Isa: Copy {
     /// The floats of those bits.
     fn floats(self, v: Self::U) -> Self::F;
     fn and(self, a: Self::U, b: Self::U) -> Self::U;
+    /// Each lane shifted left, by less than 32.
+    fn shift_left(self, v: Self::U, by: u32) -> Self::U;
     fn add_u(self, a: Self::U, b: Self::U) -> Self::U;
     fn sub_u(self, a: Self::U, b: Self::U) -> Self::U;
     fn max_u(self, a: Self::U, b: Self::U) -> Self::U;
@@ -59,9 +78,23 @@ pub trait Isa: Copy {
     fn descend(self, index: Self::U, a: Self::F, b: Self::F) -> Self::U;
     fn load_u8(self, x: &[u8; LANES]) -> Self::U;
     fn load_i8(self, x: &[u8; LANES]) -> Self::U;
+    /// Codes of four bits, two a byte.
+    #[inline(always)]
+    fn load_u4(self, x: &[u8; LANES / 2], order: Order) -> Self::U {
+        let mut codes = [0; LANES];
+        nibble::unpack(order, x, 0, &mut codes);
+        self.load_u8(&codes)
+    }
     /// The low byte of each lane.
     fn store_u8(self, v: Self::U, out: &mut [u8; LANES]);
     fn store_u(self, v: Self::U, out: &mut [u32; LANES]);
+
+    /// Stores a line past the caches, where the level has the instruction. Others see
+    /// it after [`streamed`](super::memory::streamed) alone.
+    #[inline(always)]
+    fn stream(self, v: Self::F, out: &mut Line) {
+        self.store(v, &mut out.0);
+    }
 
     /// |v|.
     #[inline(always)]
@@ -236,6 +269,10 @@ impl Isa for Portable {
         each(a, b, |a, b| a & b)
     }
     #[inline(always)]
+    fn shift_left(self, v: Self::U, by: u32) -> Self::U {
+        v.map(|v| v << by)
+    }
+    #[inline(always)]
     fn add_u(self, a: Self::U, b: Self::U) -> Self::U {
         each(a, b, u32::wrapping_add)
     }
@@ -289,8 +326,6 @@ pub fn round_f16(v: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use half::f16;
-
     use super::*;
     use crate::simd::{Op, dispatch_at, levels};
 
@@ -309,6 +344,9 @@ mod tests {
         fn run<I: Isa>(self, isa: I) -> Self::Output {
             let [a, b, c] = [self.a, self.b, self.c].map(|x| isa.load(&x));
             let [unsigned, signed] = [isa.load_u8(&self.bytes), isa.load_i8(&self.bytes)];
+            let half = self.bytes.first_chunk().unwrap();
+            let [low_first, high_first] =
+                [Order::LowFirst, Order::HighFirst].map(|order| isa.load_u4(half, order));
             let whole = isa.int_to_float(signed);
             let (x, y) = (isa.bits(a), isa.bits(b));
             let index = isa.and(unsigned, isa.splat_u(15));
@@ -332,9 +370,12 @@ mod tests {
                 isa.descend(index, a, b),
                 isa.add_u(x, y),
                 isa.sub_u(x, y),
+                isa.shift_left(x, 24),
                 isa.max_u(x, y),
                 unsigned,
                 signed,
+                low_first,
+                high_first,
             ];
             let ints = floats
                 .into_iter()

@@ -6,8 +6,9 @@ use core::arch::x86_64::*;
 use super::Op;
 use super::bf16::{Pairs, PairsOp};
 use super::dots::{BYTES, Dots, DotsOp, word};
+use super::nibble::Order;
 use super::token::{intrinsics, token};
-use super::vector::{Isa, LANES};
+use super::vector::{Isa, LANES, Line};
 
 /// Proof that the CPU has AVX2 and what came with it, and the dot products of bytes
 /// that later ones added.
@@ -102,16 +103,31 @@ fn sum_of_halves(low: __m256, high: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
 }
 
+/// Codes of four bits, one a byte.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn halves(x: &[u8; LANES / 2], order: Order) -> __m128i {
+    let x = _mm_cvtsi64_si128(i64::from_le_bytes(*x));
+    let low = _mm_and_si128(x, _mm_set1_epi8(15));
+    let high = _mm_and_si128(_mm_srli_epi16::<4>(x), _mm_set1_epi8(15));
+    match order {
+        Order::LowFirst => _mm_unpacklo_epi8(low, high),
+        Order::HighFirst => _mm_unpacklo_epi8(high, low),
+    }
+}
+
 impl<const VNNI: bool, const BF16: bool> Isa for Avx512With<VNNI, BF16> {
     type F = __m512;
     type U = __m512i;
     const ACCUMULATORS: usize = 24;
     const FUSES: bool = true;
+    const STREAMS: bool = true;
 
     intrinsics! {
         fn splat(self, v: f32) -> __m512 { _mm512_set1_ps(v) }
         fn load(self, x: &[f32; LANES]) -> __m512 { _mm512_loadu_ps(x.as_ptr()) }
         fn store(self, v: __m512, out: &mut [f32; LANES]) { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+        fn stream(self, v: __m512, out: &mut Line) { _mm512_stream_ps(out.0.as_mut_ptr(), v) }
         fn add(self, a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
         fn sub(self, a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
         fn mul(self, a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
@@ -126,6 +142,9 @@ impl<const VNNI: bool, const BF16: bool> Isa for Avx512With<VNNI, BF16> {
         fn round_f16(self, v: __m512) -> __m512 {
             _mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
         }
+        fn widen(self, half: [u8; 2]) -> f32 {
+            _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(half)))))
+        }
         fn int_to_float(self, v: __m512i) -> __m512 { _mm512_cvtepi32_ps(v) }
         fn truncate(self, v: __m512) -> __m512i { _mm512_cvttps_epi32(v) }
         fn lookup(self, table: __m512, index: __m512i) -> __m512 { _mm512_permutexvar_ps(index, table) }
@@ -133,6 +152,9 @@ impl<const VNNI: bool, const BF16: bool> Isa for Avx512With<VNNI, BF16> {
         fn bits(self, v: __m512) -> __m512i { _mm512_castps_si512(v) }
         fn floats(self, v: __m512i) -> __m512 { _mm512_castsi512_ps(v) }
         fn and(self, a: __m512i, b: __m512i) -> __m512i { _mm512_and_si512(a, b) }
+        fn shift_left(self, v: __m512i, by: u32) -> __m512i {
+            _mm512_sllv_epi32(v, _mm512_set1_epi32(by as i32))
+        }
         fn add_u(self, a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
         fn sub_u(self, a: __m512i, b: __m512i) -> __m512i { _mm512_sub_epi32(a, b) }
         fn max_u(self, a: __m512i, b: __m512i) -> __m512i { _mm512_max_epu32(a, b) }
@@ -142,6 +164,9 @@ impl<const VNNI: bool, const BF16: bool> Isa for Avx512With<VNNI, BF16> {
             _mm512_mask_sub_epi32(doubled, above, doubled, _mm512_set1_epi32(-1))
         }
         fn load_u8(self, x: &[u8; LANES]) -> __m512i { _mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast())) }
+        fn load_u4(self, x: &[u8; LANES / 2], order: Order) -> __m512i {
+            _mm512_cvtepu8_epi32(halves(x, order))
+        }
         fn load_i8(self, x: &[u8; LANES]) -> __m512i { _mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast())) }
         fn store_u8(self, v: __m512i, out: &mut [u8; LANES]) {
             _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(v))
@@ -207,6 +232,7 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
     type U = [__m256i; 2];
     const ACCUMULATORS: usize = 6;
     const FUSES: bool = true;
+    const STREAMS: bool = true;
 
     intrinsics! {
         fn splat(self, v: f32) -> [__m256; 2] { [_mm256_set1_ps(v); 2] }
@@ -216,6 +242,10 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
         fn store(self, v: [__m256; 2], out: &mut [f32; LANES]) {
             _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
             _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1])
+        }
+        fn stream(self, v: [__m256; 2], out: &mut Line) {
+            _mm256_stream_ps(out.0.as_mut_ptr(), v[0]);
+            _mm256_stream_ps(out.0.as_mut_ptr().add(8), v[1])
         }
         fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
             each!(a, b => _mm256_add_ps(a, b))
@@ -253,6 +283,9 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
         fn round_f16(self, v: [__m256; 2]) -> [__m256; 2] {
             each!(v => _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)))
         }
+        fn widen(self, half: [u8; 2]) -> f32 {
+            _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(half)))))
+        }
         fn int_to_float(self, v: [__m256i; 2]) -> [__m256; 2] { each!(v => _mm256_cvtepi32_ps(v)) }
         fn truncate(self, v: [__m256; 2]) -> [__m256i; 2] { each!(v => _mm256_cvttps_epi32(v)) }
         fn lookup(self, table: [__m256; 2], index: [__m256i; 2]) -> [__m256; 2] {
@@ -269,6 +302,9 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
         fn floats(self, v: [__m256i; 2]) -> [__m256; 2] { each!(v => _mm256_castsi256_ps(v)) }
         fn and(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
             each!(a, b => _mm256_and_si256(a, b))
+        }
+        fn shift_left(self, v: [__m256i; 2], by: u32) -> [__m256i; 2] {
+            each!(v => _mm256_sllv_epi32(v, _mm256_set1_epi32(by as i32)))
         }
         fn add_u(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
             each!(a, b => _mm256_add_epi32(a, b))
@@ -290,6 +326,10 @@ impl<const VNNI: bool> Isa for Avx2With<VNNI> {
                 _mm256_cvtepu8_epi32(_mm_loadl_epi64(x.as_ptr().cast())),
                 _mm256_cvtepu8_epi32(_mm_loadl_epi64(x.as_ptr().add(8).cast())),
             ]
+        }
+        fn load_u4(self, x: &[u8; LANES / 2], order: Order) -> [__m256i; 2] {
+            let codes = halves(x, order);
+            [_mm256_cvtepu8_epi32(codes), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(codes))]
         }
         fn load_i8(self, x: &[u8; LANES]) -> [__m256i; 2] {
             [

@@ -16,6 +16,7 @@ use crate::layout::Layout;
 use crate::ops::metrics::{self, Metrics};
 use crate::ops::quantize::{quantize, runs};
 use crate::ops::{Cancel, dequantize, pool};
+use crate::simd::sink::Out;
 use crate::tensor::{Buffer, DType, Tensor};
 use rayon::prelude::*;
 
@@ -289,7 +290,8 @@ pub fn change(from: &dyn Decode, to: &Tensor, cancel: &Cancel) -> Result<Change>
 pub struct Dense<'a>(pub &'a Tensor);
 
 impl Decode for Dense<'_> {
-    fn decode(&self, start: usize, out: &mut [f32]) {
+    fn decode_into(&self, start: usize, out: Out) {
+        let out = out.values;
         let mut scratch = Vec::new();
         out.copy_from_slice(self.0.f32_chunk(start..start + out.len(), &mut scratch));
     }

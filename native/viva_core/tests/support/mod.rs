@@ -9,13 +9,15 @@ pub mod golden;
 pub mod observed;
 
 use std::hash::{DefaultHasher, Hasher};
+use std::ops::Range;
 use std::process::Command;
 use std::sync::Arc;
 
-use viva_core::format::{FORMATS, OptionValue, Quantized, Spec, spec};
+use viva_core::format::{Decode, FORMATS, OptionValue, Quantized, Spec, spec};
 use viva_core::ops::metrics::Metrics;
 use viva_core::ops::{Cancel, dequantize, matmul, metrics, pool, quantize};
 use viva_core::simd;
+use viva_core::simd::sink::Out;
 use viva_core::tensor::{DType, Tensor, narrow};
 
 /// SplitMix64: the same numbers on every machine.
@@ -241,6 +243,20 @@ pub fn dequantized(q: &Quantized, dtype: DType) -> Tensor {
     let mut bytes = vec![0u8; dequantize::dequantized_len(q, dtype)];
     dequantize::dequantize_into(q, dtype, &mut bytes, &Cancel::new()).unwrap();
     Tensor::from_slice(dtype, &q.shape, &bytes).unwrap()
+}
+
+/// The elements of that range, the same near and past the caches.
+pub fn decoded(decoder: &dyn Decode, range: Range<usize>) -> Vec<f32> {
+    let mut near = vec![f32::NAN; range.len()];
+    let mut past = near.clone();
+    decoder.decode(range.start, &mut near);
+    let out = Out {
+        values: &mut past,
+        past_caches: true,
+    };
+    decoder.decode_into(range.start, out);
+    same(&near, &past, format_args!("{range:?} past the caches"));
+    near
 }
 
 pub fn measure(x: &Tensor, spec: &Spec) -> (Metrics, f64) {

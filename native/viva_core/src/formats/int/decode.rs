@@ -1,17 +1,25 @@
 //! Reading integer codes back.
 
+use std::ops::Range;
+
 use super::Int;
 use crate::error::Result;
 use crate::format::{Decode, Granularity, Quantized, Scale, Zero};
-use crate::simd::affine::{self, Line};
+use crate::simd::Isa;
+use crate::simd::affine::Line;
 use crate::simd::bits;
-use crate::simd::int::decode_run;
-use crate::simd::{Isa, Op, dispatch};
+use crate::simd::int::Scaled;
+use crate::simd::nibble::Order;
+use crate::simd::runs::{self, OfBlocks};
+use crate::simd::sink::{Out, Sink, Source, push_all};
 use crate::steps::{Lows, StepForm, Steps};
 use crate::tensor::Tensor;
 
 /// 1/127 as LLM.int8() multiplies with it.
 const ONE_127TH: f32 = f32::from_bits(0x3c01_0204);
+
+/// Codes that are unpacked together.
+const UNPACKED: usize = 256;
 
 pub(super) struct Decoder<'a> {
     bits: usize,
@@ -93,13 +101,14 @@ impl<'a> Decoder<'a> {
 }
 
 impl Decode for Decoder<'_> {
-    fn decode(&self, start: usize, out: &mut [f32]) {
-        if out.is_empty() {
+    fn decode_into(&self, start: usize, out: Out) {
+        if out.values.is_empty() {
             return;
         }
-        let blocks = self.blocks(start, start + out.len());
+        let range = start..start + out.values.len();
+        let blocks = self.blocks(range.start, range.end);
         let (mut for_scales, mut for_biases) = (Vec::new(), Vec::new());
-        dispatch(DecodeBlocks {
+        out.fill(ValuesOf {
             decoder: self,
             scales: self.scales.f32_chunk(blocks.clone(), &mut for_scales),
             biases: match self.biases {
@@ -107,8 +116,7 @@ impl Decode for Decoder<'_> {
                 None => &[],
             },
             first: blocks.start,
-            start,
-            out,
+            range,
         });
     }
 
@@ -174,72 +182,121 @@ impl Steps for Decoder<'_> {
     }
 }
 
-struct DecodeBlocks<'a, 'b> {
+struct ValuesOf<'a, 'b> {
     decoder: &'a Decoder<'b>,
     scales: &'a [f32],
     biases: &'a [f32],
     first: usize,
-    start: usize,
-    out: &'a mut [f32],
+    range: Range<usize>,
 }
 
-impl Op for DecodeBlocks<'_, '_> {
-    type Output = ();
+impl ValuesOf<'_, '_> {
+    fn numbers(&self, block: usize) -> (f32, Option<&f32>) {
+        let i = block - self.first;
+        (self.scales[i], self.biases.get(i))
+    }
 
+    /// Values of consecutive codes of one block.
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn run<I: Isa>(
+        &self,
+        isa: I,
+        range: Range<usize>,
+        sink: &mut impl Sink<I>,
+        value: impl Fn(I::U) -> I::F,
+    ) {
         let d = self.decoder;
-        let end = self.start + self.out.len();
-        let mut at = self.start;
-        let mut out = self.out;
-        let mut unpacked = [0u8; 256];
-        while at < end {
-            let block = at / d.block_len;
-            let run_end = match d.order {
-                None => (block + 1).saturating_mul(d.block_len).min(end),
-                Some(_) => end,
-            };
-            let n = if d.bits < 8 || d.order.is_some() {
-                (run_end - at).min(unpacked.len())
-            } else {
-                run_end - at
-            };
-            let (run, rest) = out.split_at_mut(n);
-            let codes = if d.bits < 8 {
-                bits::unpack(d.bits, d.codes, at, &mut unpacked[..n]);
-                &unpacked[..n]
-            } else {
-                &d.codes[at..at + n]
-            };
-            let numbers = |block: usize| {
-                let i = block - self.first;
-                (self.scales[i], self.biases.get(i))
-            };
-            match &d.order {
-                None => match numbers(block) {
-                    (scale, Some(&bias)) => {
-                        affine::decode_run(isa, codes, Line { scale, bias }, run);
-                    }
-                    (scale, None) => {
-                        let by = (scale, d.factor);
-                        decode_run(isa, codes, d.signed, d.zero(block), by, run);
-                    }
+        if d.bits == 4 {
+            return runs::decode_halves(isa, (Order::LowFirst, d.codes), range, sink, value);
+        }
+        if d.bits == 8 {
+            return runs::decode(
+                &d.codes[range],
+                sink,
+                #[inline(always)]
+                |codes| {
+                    value(match d.signed {
+                        true => isa.load_i8(codes),
+                        false => isa.load_u8(codes),
+                    })
                 },
-                Some(index) => {
-                    let groups = index.len() / d.block_len;
-                    let (mut row, mut column) = (at / index.len(), at % index.len());
-                    for (&code, out) in codes.iter().zip(run) {
-                        let block = row * groups + index[column];
-                        *out = d.value(code, block, numbers(block));
-                        column += 1;
-                        if column == index.len() {
-                            (row, column) = (row + 1, 0);
-                        }
-                    }
+            );
+        }
+        let mut unpacked = [0u8; UNPACKED];
+        let Range { mut start, end } = range;
+        while start < end {
+            let unpacked = &mut unpacked[..UNPACKED.min(end - start)];
+            bits::unpack(d.bits, d.codes, start, unpacked);
+            runs::decode(
+                unpacked,
+                sink,
+                #[inline(always)]
+                |codes| value(isa.load_u8(codes)),
+            );
+            start += unpacked.len();
+        }
+    }
+
+    /// The scalar definition, element by element, where each has a block of its own.
+    #[inline(always)]
+    fn in_order<I: Isa>(&self, isa: I, index: &[usize], sink: &mut impl Sink<I>) {
+        let d = self.decoder;
+        let groups = index.len() / d.block_len;
+        let Range { mut start, end } = self.range;
+        let (mut row, mut column) = (start / index.len(), start % index.len());
+        let (mut codes, mut values) = ([0u8; UNPACKED], [0f32; UNPACKED]);
+        while start < end {
+            let n = UNPACKED.min(end - start);
+            bits::unpack(d.bits, d.codes, start, &mut codes[..n]);
+            for (&code, value) in codes[..n].iter().zip(&mut values) {
+                let block = row * groups + index[column];
+                *value = d.value(code, block, self.numbers(block));
+                column += 1;
+                if column == index.len() {
+                    (row, column) = (row + 1, 0);
                 }
             }
-            out = rest;
-            at += n;
+            push_all(isa, &values[..n], sink);
+            start += n;
+        }
+    }
+}
+
+impl Source for ValuesOf<'_, '_> {
+    #[inline(always)]
+    fn pour<I: Isa>(self, isa: I, sink: &mut impl Sink<I>) {
+        let d = self.decoder;
+        if let Some(index) = &d.order {
+            return self.in_order(isa, index, sink);
+        }
+        let runs = OfBlocks::new(self.range.clone(), d.block_len);
+        for (run, block) in runs.zip(self.first..) {
+            match self.numbers(block) {
+                (scale, Some(&bias)) => {
+                    let line = Line { scale, bias };
+                    self.run(
+                        isa,
+                        run,
+                        sink,
+                        #[inline(always)]
+                        |codes| line.value(isa, isa.int_to_float(codes)),
+                    );
+                }
+                (scale, None) => {
+                    let line = Scaled {
+                        zero: if d.signed { 0 } else { d.zero(block) },
+                        scale,
+                        factor: d.factor,
+                    };
+                    self.run(
+                        isa,
+                        run,
+                        sink,
+                        #[inline(always)]
+                        |codes| line.values(isa, codes),
+                    );
+                }
+            }
         }
     }
 }
