@@ -6,8 +6,8 @@
 //! replaced by the best one for its codes. (The idea is ggml's
 //! `make_qx_quants`; GPTQ and llm-compressor search the clipped range alone.)
 
-use crate::simd::Isa;
 use crate::simd::runs::each;
+use crate::simd::{Isa, LANES};
 
 /// 1.5 · 2²³: adding and subtracting it rounds to the nearest integer, ties to
 /// even, for magnitudes up to 2²².
@@ -73,5 +73,75 @@ impl Best {
                 score: xv * xv / vv,
             };
         }
+    }
+}
+
+/// Sums of what `terms` makes of the elements of sixteen blocks, one block a lane and
+/// one element a row: the bits of [`Isa::sum`] where each block is added by itself.
+#[inline(always)]
+pub fn sum_each<I: Isa, const N: usize>(
+    isa: I,
+    rows: &[[f32; LANES]],
+    terms: impl Fn(I::F) -> [I::F; N],
+) -> [I::F; N] {
+    let mut sums = [[isa.splat(0.0); N]; LANES];
+    for (i, sums) in sums.iter_mut().enumerate() {
+        for rows in rows.as_chunks::<LANES>().0 {
+            for (sum, term) in sums.iter_mut().zip(terms(isa.load(&rows[i]))) {
+                *sum = isa.add(*sum, term);
+            }
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        let (low, high) = sums.split_at_mut(width);
+        for (low, high) in low.iter_mut().zip(high) {
+            for (low, high) in low.iter_mut().zip(high) {
+                *low = isa.add(*low, *high);
+            }
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// [`Best`] of sixteen blocks, one a lane.
+#[derive(Clone, Copy)]
+pub struct BestEach<I: Isa> {
+    isa: I,
+    pub scale: I::F,
+    score: I::F,
+}
+
+impl<I: Isa> BestEach<I> {
+    /// Nothing tried yet.
+    #[inline(always)]
+    pub fn none(isa: I) -> BestEach<I> {
+        BestEach {
+            isa,
+            scale: isa.splat(0.0),
+            score: isa.splat(0.0),
+        }
+    }
+
+    /// Tries the codes that `code` makes of x.
+    #[inline(always)]
+    pub fn attempt(&mut self, rows: &[[f32; LANES]], code: impl Fn(I::F) -> I::F) {
+        let isa = self.isa;
+        let [xv, vv] = sum_each(
+            isa,
+            rows,
+            #[inline(always)]
+            |x| {
+                let v = code(x);
+                [isa.mul(x, v), isa.mul(v, v)]
+            },
+        );
+        let (square, none) = (isa.mul(xv, xv), isa.splat(0.0));
+        let bar = isa.mul(self.score, vv);
+        let score = isa.choose(square, bar, isa.div(square, vv), self.score);
+        let scale = isa.choose(square, bar, isa.div(xv, vv), self.scale);
+        self.score = isa.choose(vv, none, score, self.score);
+        self.scale = isa.choose(vv, none, scale, self.scale);
     }
 }

@@ -11,6 +11,23 @@ use crate::method::mse::ROUND;
 /// Magnitudes below which ggml takes a block for all zeros.
 pub const LEAST: f32 = 1e-15;
 
+/// Turns sixteen blocks of as many elements as there are rows, a multiple of sixteen:
+/// a row gets one element of each.
+#[inline(always)]
+pub fn turn<I: Isa>(isa: I, x: &[f32], rows: &mut [[f32; LANES]]) {
+    let (vectors, _) = x.as_chunks::<LANES>();
+    let each = rows.len() / LANES;
+    for (i, rows) in rows.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        let mut square = [isa.splat(0.0); LANES];
+        for (v, block) in square.iter_mut().zip(vectors.chunks_exact(each)) {
+            *v = isa.load(&block[i]);
+        }
+        for (v, row) in isa.transpose(square).into_iter().zip(rows) {
+            isa.store(v, row);
+        }
+    }
+}
+
 /// Sixteen blocks of N elements, turned so that a row holds one element of each.
 pub struct Columns<const N: usize>(pub [[f32; LANES]; N]);
 
@@ -20,16 +37,7 @@ impl<const N: usize> Columns<N> {
     pub fn of<I: Isa>(isa: I, x: &[f32]) -> Columns<N> {
         let mut columns = [[0f32; LANES]; N];
         if x.len() == LANES * N && N.is_multiple_of(LANES) {
-            let (vectors, _) = x.as_chunks::<LANES>();
-            for (i, rows) in columns.chunks_exact_mut(LANES).enumerate() {
-                let mut square = [isa.splat(0.0); LANES];
-                for (v, block) in square.iter_mut().zip(vectors.chunks_exact(N / LANES)) {
-                    *v = isa.load(&block[i]);
-                }
-                for (v, row) in isa.transpose(square).into_iter().zip(rows) {
-                    isa.store(v, row);
-                }
-            }
+            turn(isa, x, &mut columns);
             return Columns(columns);
         }
         for (lane, block) in x.as_chunks::<N>().0.iter().enumerate().take(LANES) {
