@@ -3,7 +3,7 @@
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 export LANG ?= C.UTF-8
 
-.PHONY: help setup deps demo test check lint dialyzer docs bench formats matrix aarch64 oracle mutations clean
+.PHONY: help setup deps demo test check lint dialyzer docs bench formats matrix aarch64 oracle mutations faults clean
 .NOTPARALLEL:
 
 help: ## Show the targets
@@ -57,6 +57,9 @@ oracle: deps ## Hold quantized models to bitsandbytes and AWQ (needs PyPI, 5 GB)
 
 mutations: deps ## Open 100,000 damaged files of each kind
 	VIVA_TENSOR_MUTATIONS=100000 cargo test -p viva_core --locked --test gguf_mutations --test safetensors_mutations
+
+faults: deps ## Kill jobs at every sync and at random moments, and lose nothing
+	MIX_ENV=test mix run test/faults/run.exs
 
 clean: ## Remove everything that was built
 	rm -rf _build deps doc demo priv/native target

@@ -14,8 +14,8 @@ defmodule VivaTensor.MixProject do
       elixir: "~> 1.14",
       start_permanent: Mix.env() == :prod,
       elixirc_paths: elixirc_paths(Mix.env()),
-      # Scripts of the oracle, not tests.
-      test_ignore_filters: [&String.starts_with?(&1, "test/oracle/")],
+      # Scripts, not tests.
+      test_ignore_filters: [&String.starts_with?(&1, ["test/oracle/", "test/faults/"])],
       compilers: [:viva_native | Mix.compilers()],
       viva_native: [crate: "viva_nif", rust_version: workspace("rust-version")],
       deps: deps(Code.ensure_loaded?(Hex)),

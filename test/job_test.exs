@@ -89,6 +89,25 @@ defmodule VivaTensor.JobTest do
       assert Job.cancel(job) == {:ok, report}
     end
 
+    test "informs who asks later, with what it does and what it takes", %{dir: dir} do
+      hold_units()
+      {:ok, job} = Job.start(source: @model, to: Path.join(dir, "out"), format: :int8)
+      assert_receive {:holding, worker, %{name: name}}
+      assert {:ok, %{state: :running, quarantined: 0} = status} = Job.subscribe(job)
+      assert %{name: ^name, attempt: 1, seconds: seconds} = hd(status.units)
+      assert seconds < 60 and status.running == Enum.map(status.units, & &1.name)
+      assert %{in_flight: in_flight, limit: 512_000_000, native: _} = status.memory
+      assert in_flight > 0
+      send(worker, :go)
+
+      log = capture_log(fn -> {:ok, _} = release_while(fn -> Job.await(job) end) end)
+      assert_received {:viva_tensor_job, ^job, {:unit, %{name: ^name}}}
+      assert_received {:viva_tensor_job, ^job, {:done, {:ok, _}}}
+      lines = for line <- String.split(log, "\n"), line =~ "unit=", do: line
+      assert length(lines) == 20
+      assert Enum.any?(lines, &(&1 =~ ~r/action=quantize format=int8 input_bytes=\d+ .*sqnr_db=/))
+    end
+
     test "refuses options that make no sense", %{dir: dir} do
       for {opts, option} <- [
             {[source: nil], "source"},
@@ -98,6 +117,9 @@ defmodule VivaTensor.JobTest do
             {[max_concurrency: 0], "max_concurrency"},
             {[force: :yes], "force"},
             {[notify: :me], "notify"},
+            {[resume: 1], "resume"},
+            {[unit_timeout: 0], "unit_timeout"},
+            {[priority: :urgent], "priority"},
             {[recipe: "nf4", format: nil], "recipe"},
             {[blok_size: 32], "blok_size"}
           ] do
@@ -196,9 +218,11 @@ defmodule VivaTensor.JobTest do
       assert [_temporary] = File.ls!(dir)
       send(self(), first)
 
-      assert {:error, %Error{reason: {:cancelled, %{}}}} =
-               cancelled = release_while(fn -> Job.cancel(job) end)
-
+      cancel = Task.async(fn -> Job.cancel(job) end)
+      wait_until(fn -> match?({:stopping, _}, :sys.get_state(job)) end)
+      cancelled = release_while(fn -> Job.await(job) end)
+      assert {:error, %Error{reason: {:cancelled, %{}}}} = cancelled
+      assert Task.await(cancel) == cancelled
       assert Task.await(waiting) == cancelled
       assert Job.await(job) == cancelled
       assert_only(dir, [])

@@ -39,7 +39,8 @@ defmodule VivaTensor.Job do
 
   ## Messages
 
-  With `notify: pid`, that process receives `{:viva_tensor_job, job, event}`:
+  With `notify: pid`, or after `subscribe/1`, a process receives
+  `{:viva_tensor_job, job, event}`:
 
   - `{:planned, %{tensors: n, bytes: n}}`
   - `{:unit, row}` for each finished unit, see `t:VivaTensor.Report.row/0`
@@ -76,6 +77,8 @@ defmodule VivaTensor.Job do
   - `:max_shard_size` - of the files of the output (`"5GB"`); the gguf layout has
     one file
   - `:unit_timeout` - milliseconds that a unit may take, or `:infinity` (an hour)
+  - `:priority` - `:low`, `:normal` or `:high`: jobs of a higher one are given memory first,
+    those of the same share it (`:normal`)
   - `:notify` - a process to keep informed, see above
   - `:recipe` - a `VivaTensor.Recipe`, the name of one with more of its options beside
     it, or a `VivaTensor.Conversion`; without it, all options of a recipe: see
@@ -150,6 +153,15 @@ defmodule VivaTensor.Job do
       start: {__MODULE__, :start_link, [options]},
       restart: :temporary
     }
+  end
+
+  @doc """
+  Has the calling process informed of what happens from now on, as `notify:` does from the
+  start. Returns how far the job is.
+  """
+  @spec subscribe(job) :: {:ok, Status.t()} | {:error, Error.t()}
+  def subscribe(job) do
+    with status when is_map(status) <- call(job, :subscribe, :infinity), do: {:ok, status}
   end
 
   @doc "How far a job is."

@@ -84,4 +84,62 @@ defmodule VivaTensor.Job.AdmissionTest do
     assert_receive {:admitted, ^mine}
     assert Admission.in_flight() == 100
   end
+
+  # A job of its own that asks for one ticket after the other and gives each back.
+  defp job(name, bytes, priority \\ 0) do
+    test = self()
+
+    spawn_link(fn ->
+      for _ <- 1..50, do: Admission.request(bytes, 100, Native.cancel_flag(), priority)
+      send(test, {:asked, name})
+      granted(test, name)
+    end)
+
+    assert_receive {:asked, ^name}
+  end
+
+  defp granted(test, name) do
+    receive do
+      {:admitted, ticket} ->
+        send(test, {:granted, name})
+        Admission.release(ticket)
+        granted(test, name)
+    end
+  end
+
+  defp order(count) do
+    for _ <- 1..count do
+      assert_receive {:granted, name}
+      name
+    end
+  end
+
+  test "jobs share bytes, however many and however large their requests are" do
+    hold = request(100, 100)
+    assert_receive {:admitted, ^hold}
+    job(:small, 25)
+    job(:large, 100)
+    Admission.release(hold)
+    # Four small ones for each large one.
+    counts = order(50) |> Enum.frequencies()
+    assert_in_delta counts.small, 40, 4
+  end
+
+  test "a higher priority comes first, a job that came later is not owed the past" do
+    hold = request(100, 100)
+    assert_receive {:admitted, ^hold}
+    job(:low, 100, -1)
+    job(:normal, 100)
+    job(:high, 100, 1)
+    Admission.release(hold)
+    assert order(100) == List.duplicate(:high, 50) ++ List.duplicate(:normal, 50)
+    assert order(10) == List.duplicate(:low, 10)
+
+    late = request(100, 100)
+    later = request(100, 100)
+    assert_receive {:admitted, ^late}
+    Admission.release(late)
+    assert_receive {:admitted, ^later}
+    Admission.release(later)
+  end
 end

@@ -6,7 +6,9 @@ defmodule VivaTensor.CLI.Job do
 
   alias VivaTensor.{CLI, Error, Job, Report}
   alias VivaTensor.CLI.Progress
-  alias VivaTensor.Job.Failure
+  alias VivaTensor.Job.{Events, Failure}
+
+  require Logger
 
   @tick_ms 100
   @signals [:sigterm, :sighup, :sigquit]
@@ -54,6 +56,9 @@ defmodule VivaTensor.CLI.Job do
   @doc "Runs a job and shows what becomes of it. The application must be started."
   @spec run(String.t(), keyword, keyword) :: CLI.exit_code()
   def run(task, options, flags) do
+    # The progress says it; standard output is for the report.
+    Logger.put_module_level(Events, :warning)
+
     with {:ok, _} <- threads(flags[:threads]),
          {:ok, job} <- Job.start([notify: self()] ++ options) do
       progress = Progress.new()
@@ -67,6 +72,8 @@ defmodule VivaTensor.CLI.Job do
     else
       {:error, error} -> CLI.failure(task, error, flags)
     end
+  after
+    Logger.delete_module_level(Events)
   end
 
   defp threads(nil), do: {:ok, nil}

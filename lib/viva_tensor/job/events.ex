@@ -1,16 +1,44 @@
 defmodule VivaTensor.Job.Events do
   @moduledoc """
-  What a job tells others: messages to the process that it keeps informed, and
-  telemetry. All of it is called in the job's process.
+  What a job tells others: messages to the processes that it keeps informed, a
+  line in the log for each unit, and telemetry. All of it is called in the job's process.
   """
 
-  alias VivaTensor.{Error, Job, Telemetry}
+  alias VivaTensor.{Error, Job, Report, Telemetry}
   alias VivaTensor.Job.{Options, Step, Unit}
 
-  @doc "Tells the process that wants to know."
-  @spec notify(%{required(:options) => Options.t(), optional(any) => any}, term) :: term
-  def notify(%{options: %{notify: nil}}, _event), do: :ok
-  def notify(%{options: %{notify: pid}}, event), do: send(pid, {:viva_tensor_job, self(), event})
+  require Logger
+
+  @type job :: %{
+          required(:options) => Options.t(),
+          required(:subscribers) => [pid],
+          optional(any) => any
+        }
+
+  @doc "Tells the processes that want to know."
+  @spec notify(job, term) :: :ok
+  def notify(%{subscribers: pids}, event) do
+    for pid <- pids, do: send(pid, {:viva_tensor_job, self(), event})
+    :ok
+  end
+
+  @doc """
+  A unit is done: a message, and a line in the log whose words and metadata say the same.
+  """
+  @spec unit_done(job, Step.t(), Report.row()) :: :ok
+  def unit_done(job, step, row) do
+    milliseconds =
+      System.convert_time_unit(System.monotonic_time() - step.started, :native, :millisecond)
+
+    fields =
+      [unit: row.name, to: job.options.to, action: row.action, format: row.format] ++
+        [input_bytes: row.input_bytes, output_bytes: row.output_bytes] ++
+        [milliseconds: milliseconds, attempt: step.attempt, sqnr_db: row[:sqnr_db]]
+
+    fields = for {key, value} <- fields, value != nil, do: {key, value}
+    Logger.debug(fn -> {Enum.map_join(fields, " ", fn {k, v} -> "#{k}=#{v}" end), fields} end)
+    notify(job, {:unit, row})
+  end
 
   @doc "A job begins."
   @spec started(Options.t()) :: :ok
@@ -48,7 +76,7 @@ defmodule VivaTensor.Job.Events do
   def failed(_step, _reason), do: :ok
 
   @doc "A unit is put aside."
-  @spec quarantined(%{required(:options) => Options.t(), optional(any) => any}, map) :: term
+  @spec quarantined(job, map) :: :ok
   def quarantined(data, why) do
     metadata = Map.merge(%{job: self()}, why)
     Telemetry.execute([:viva_tensor, :unit, :quarantine], %{attempts: why.attempts}, metadata)

@@ -4,7 +4,7 @@ defmodule VivaTensor.Job.Failure do
   """
 
   alias VivaTensor.Error
-  alias VivaTensor.Job.{Step, Unit}
+  alias VivaTensor.Job.Unit
 
   @typedoc "An error that was returned, too long a time, or what a worker died of."
   @type reason :: Error.t() | {:timeout, pos_integer} | term
@@ -15,20 +15,14 @@ defmodule VivaTensor.Job.Failure do
   def text({:timeout, milliseconds}), do: "it took longer than #{milliseconds} ms"
   def text(reason), do: "its worker died: #{inspect(reason)}"
 
-  @doc "The error of a step that no attempt is left for."
-  @spec final(Step.t(), reason) :: Error.t()
-  def final(_step, %Error{} = error), do: error
+  @doc "The error of work that no attempt is left for."
+  @spec final(String.t(), pos_integer, reason) :: Error.t()
+  def final(_work, _attempts, %Error{} = error), do: error
 
-  def final(step, reason) do
-    name = Step.name(step)
+  def final(work, attempts, reason) do
     reason = text(reason)
-    details = %{work: name, attempts: step.attempt, reason: reason}
-
-    Error.new(
-      :job,
-      {:worker_crashed, details},
-      "#{name}: failed #{step.attempt} times; #{reason}"
-    )
+    details = %{work: work, attempts: attempts, reason: reason}
+    Error.new(:job, {:worker_crashed, details}, "#{work}: failed #{attempts} times; #{reason}")
   end
 
   @doc "An error of a unit, with the name of its tensor."

@@ -19,7 +19,7 @@ defmodule VivaTensor.Job.Ledger do
           pending: [Manifest.record()],
           shards: %{reference => true},
           unrecorded: {non_neg_integer, non_neg_integer},
-          writing: nil | {[Manifest.record()], pos_integer}
+          writing: nil | {[Manifest.record()], [reference], binary}
         }
 
   @doc "A ledger whose next record goes to `at`, after those of `head`."
@@ -51,27 +51,32 @@ defmodule VivaTensor.Job.Ledger do
   @spec unrecorded(t) :: non_neg_integer
   def unrecorded(%{unrecorded: {pending, written}}), do: pending + written
 
-  @doc "Starts the next write: what to sync and the bytes to write, or nothing."
-  @spec next(t) :: {[reference], non_neg_integer, binary, t} | :nothing
+  @typedoc "Shards to sync, where the bytes go, and the bytes."
+  @type write :: {[reference], non_neg_integer, binary}
+
+  @doc "Starts the next write, or nothing."
+  @spec next(t) :: {write, t} | :nothing
   def next(%{writing: nil, pending: [_ | _]} = ledger) do
     records = Enum.reverse(ledger.pending)
     magic = if ledger.at == 0, do: Manifest.head(), else: ""
     bytes = IO.iodata_to_binary([magic, Manifest.encode(ledger.head ++ records)])
-    shards = Map.keys(ledger.shards)
-
+    writing = {records, Map.keys(ledger.shards), bytes}
     {pending, 0} = ledger.unrecorded
-    writing = {records, byte_size(bytes)}
     ledger = %{ledger | pending: [], shards: %{}, unrecorded: {0, pending}, writing: writing}
-    {shards, ledger.at, bytes, ledger}
+    {again(ledger), ledger}
   end
 
   def next(_ledger), do: :nothing
 
+  @doc "The write that is under way: doing it once more does no harm."
+  @spec again(t) :: write
+  def again(%{writing: {_records, shards, bytes}, at: at}), do: {shards, at, bytes}
+
   @doc "Ends a write: the records that are in the manifest now."
   @spec written(t) :: {[Manifest.record()], t}
-  def written(%{writing: {records, size}} = ledger) do
+  def written(%{writing: {records, _shards, bytes}} = ledger) do
     {pending, _written} = ledger.unrecorded
-    ledger = %{ledger | at: ledger.at + size, head: [], unrecorded: {pending, 0}}
+    ledger = %{ledger | at: ledger.at + byte_size(bytes), head: [], unrecorded: {pending, 0}}
     {records, %{ledger | writing: nil}}
   end
 end

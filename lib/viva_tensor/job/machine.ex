@@ -26,17 +26,6 @@ defmodule VivaTensor.Job.Machine do
 
   `stopping` waits for the workers of a failed or cancelled job to leave their native
   calls, which the cancel flags make soon, and records what is finished.
-
-  ## Weights that are not finite
-
-  Room in a shard is reserved before its units run, so a weight that turns out to
-  hold NaN or infinities under `non_finite: :keep` does not fit in its place. The
-  unit is only noted, and when all others of its shard are done, that shard alone
-  is written again with those weights kept. The second pass cannot meet others,
-  so no shard is written more than twice, and a checkpoint without such weights,
-  which is nearly every one, pays nothing; a pass that looks for them beforehand
-  would read everything twice for all. The larger shard is cut in several if it
-  would pass `max_shard_size`.
   """
 
   @behaviour :gen_statem
@@ -46,6 +35,7 @@ defmodule VivaTensor.Job.Machine do
   alias VivaTensor.Job.{Outputs, Publication, Resumption, Shard, Status, Step, Tally}
   alias VivaTensor.Job.{Worker, Workers}
 
+  @priorities %{low: -1, normal: 0, high: 1}
   @attempts 3
   @backoff_ms 50
   # What a worker has to leave its native call after it was told to.
@@ -74,7 +64,8 @@ defmodule VivaTensor.Job.Machine do
     largest: 0,
     searches: 0,
     notes: %{},
-    waiting: []
+    waiting: [],
+    subscribers: []
   ]
 
   @impl true
@@ -85,7 +76,9 @@ defmodule VivaTensor.Job.Machine do
     # So that terminate/3 runs, and the output is let go, when a supervisor or the
     # linked caller ends.
     Process.flag(:trap_exit, true)
-    data = %__MODULE__{options: options, started: System.monotonic_time()}
+    subscribers = List.wrap(options.notify)
+    started = System.monotonic_time()
+    data = %__MODULE__{options: options, started: started, subscribers: subscribers}
     Events.started(options)
     {:ok, :planning, enqueue(data, Step.new(:plan)), {:next_event, :internal, :advance}}
   end
@@ -100,6 +93,13 @@ defmodule VivaTensor.Job.Machine do
   @impl true
   def handle_event({:call, from}, :status, state, data) do
     {:keep_state_and_data, {:reply, from, Status.of(state, data, data.seconds || elapsed(data))}}
+  end
+
+  def handle_event({:call, {pid, _} = from}, :subscribe, state, data) do
+    Process.monitor(pid)
+    status = Status.of(state, data, data.seconds || elapsed(data))
+    data = %{data | subscribers: Enum.uniq([pid | data.subscribers])}
+    {:keep_state, data, {:reply, from, status}}
   end
 
   def handle_event({:call, from}, :await, :done, data) do
@@ -185,15 +185,22 @@ defmodule VivaTensor.Job.Machine do
     :keep_state_and_data
   end
 
-  def handle_event(:info, {ref, result}, state, %{recording: ref} = data) when ref != nil do
+  def handle_event(:info, {ref, result}, state, %{recording: {ref, _attempt}} = data) do
     Process.demonitor(ref, [:flush])
     recorded(state, result, %{data | recording: nil})
   end
 
-  def handle_event(:info, {:DOWN, ref, _, _, reason}, state, %{recording: ref} = data) do
-    what = {:worker_crashed, %{work: "the manifest", attempts: 1, reason: inspect(reason)}}
-    error = Error.new(:job, what, "the manifest: the worker died of #{inspect(reason)}")
-    recorded(state, {:error, error}, %{data | recording: nil})
+  def handle_event(:info, {:DOWN, ref, _, _, reason}, state, %{recording: {ref, n}} = data) do
+    if n < @attempts do
+      {:keep_state, write(Ledger.again(data.ledger), n + 1, data)}
+    else
+      recorded(state, {:error, Failure.final("the manifest", n, reason)}, %{data | recording: nil})
+    end
+  end
+
+  # Of a worker whose result came first, or a subscriber.
+  def handle_event(:info, {:DOWN, _ref, :process, pid, _reason}, _state, data) do
+    {:keep_state, %{data | subscribers: List.delete(data.subscribers, pid)}}
   end
 
   def handle_event({:timeout, {:retry, _}}, step, state, data)
@@ -223,7 +230,8 @@ defmodule VivaTensor.Job.Machine do
   defp advance(%{queue: [step | queue]} = data) do
     if free?(step, data) do
       step = Step.armed(step)
-      ticket = Admission.request(step.bytes, data.options.memory_limit, step.cancel)
+      %{memory_limit: limit, priority: priority} = data.options
+      ticket = Admission.request(step.bytes, limit, step.cancel, @priorities[priority])
       advance(%{data | queue: queue, requested: Map.put(data.requested, ticket, step)})
     else
       data
@@ -259,7 +267,8 @@ defmodule VivaTensor.Job.Machine do
       if Step.timed?(step) and timeout != :infinity,
         do: Process.send_after(self(), {:overdue, task.ref}, timeout)
 
-    %{data | running: Map.put(data.running, task.ref, %{step | pid: task.pid, timer: timer})}
+    step = %{step | pid: task.pid, timer: timer, started: System.monotonic_time()}
+    %{data | running: Map.put(data.running, task.ref, step)}
   end
 
   defp returned(ref, data) do
@@ -292,9 +301,9 @@ defmodule VivaTensor.Job.Machine do
     end
   end
 
-  defp completed(:running, %{work: {:unit, unit, id}}, {:ok, done}, data) do
+  defp completed(:running, %{work: {:unit, unit, id}} = step, {:ok, done}, data) do
     {row, data} = unit_done(unit, id, done, data)
-    Events.notify(data, {:unit, row})
+    Events.unit_done(data, step, row)
     settle(data, id)
   end
 
@@ -357,7 +366,7 @@ defmodule VivaTensor.Job.Machine do
         quarantine(step, reason, data)
 
       _ ->
-        stop({:error, Failure.final(step, reason)}, data)
+        stop({:error, Failure.final(Step.name(step), step.attempt, reason)}, data)
     end
   end
 
@@ -419,21 +428,11 @@ defmodule VivaTensor.Job.Machine do
     data = %{data | tally: %{data.tally | shards: Map.new(shards, &{&1.id, &1})}, notes: %{}}
 
     # What an earlier job wrote again is not written as it was at first.
-    result =
-      Enum.reduce_while(shards, {:ok, data}, fn shard, {:ok, data} ->
-        result =
-          case Map.fetch(data.found.rewritten, shard.id) do
-            {:ok, kept} -> rewrite(%{shard | non_finite: kept}, data)
-            :error -> {:ok, %{data | queue: data.queue ++ Step.all(shard, data.found.units)}}
-          end
+    {again, once} = Enum.split_with(shards, &is_map_key(data.found.rewritten, &1.id))
+    queue = Enum.flat_map(once, &Step.all(&1, data.found.units))
+    again = for shard <- again, do: %{shard | non_finite: data.found.rewritten[shard.id]}
 
-        case result do
-          {:ok, data} -> {:cont, {:ok, data}}
-          error -> {:halt, error}
-        end
-      end)
-
-    case result do
+    case rewrite(again, %{data | queue: queue}) do
       {:ok, data} -> next(:running, data)
       {:error, error} -> stop({:error, error}, data)
     end
@@ -472,35 +471,38 @@ defmodule VivaTensor.Job.Machine do
     end
   end
 
-  defp rewrite(shard, data) do
-    with :ok <- Shard.remove(shard, data.output),
-         {:ok, shards, tally} <-
-           Tally.rewrite(data.tally, shard, data.plan, data.options.max_shard_size) do
-      queue = Enum.flat_map(shards, &Step.all(&1, data.found.units)) ++ data.queue
-      {:ok, %{data | tally: tally, queue: queue}}
-    end
+  defp rewrite(shards, data) do
+    Enum.reduce_while(shards, {:ok, data}, fn shard, {:ok, data} ->
+      with :ok <- Shard.remove(shard, data.output),
+           {:ok, shards, tally} <-
+             Tally.rewrite(data.tally, shard, data.plan, data.options.max_shard_size) do
+        queue = Enum.flat_map(shards, &Step.all(&1, data.found.units)) ++ data.queue
+        {:cont, {:ok, %{data | tally: tally, queue: queue}}}
+      else
+        error -> {:halt, error}
+      end
+    end)
   end
 
   # The manifest
 
   defp record(%{recording: nil} = data) do
     case Ledger.next(data.ledger) do
-      {shards, at, bytes, ledger} ->
-        output = data.output
-
-        task =
-          Task.Supervisor.async_nolink(Workers, fn ->
-            output |> Native.output_record(shards, at, bytes) |> Error.wrap(:output)
-          end)
-
-        %{data | ledger: ledger, recording: task.ref}
-
-      :nothing ->
-        data
+      {write, ledger} -> write(write, 1, %{data | ledger: ledger})
+      :nothing -> data
     end
   end
 
   defp record(data), do: data
+
+  defp write({shards, at, bytes}, attempt, %{output: output} = data) do
+    task =
+      Task.Supervisor.async_nolink(Workers, fn ->
+        output |> Native.output_record(shards, at, bytes) |> Error.wrap(:output)
+      end)
+
+    %{data | recording: {task.ref, attempt}}
+  end
 
   defp recorded(:stopping, {:ok, _}, data) do
     {_records, ledger} = Ledger.written(data.ledger)
@@ -512,19 +514,9 @@ defmodule VivaTensor.Job.Machine do
 
   defp recorded(_state, {:ok, _}, data) do
     {records, ledger} = Ledger.written(data.ledger)
-    data = %{data | ledger: ledger}
+    again = for {:rewritten, id, _kept} <- records, do: Map.fetch!(data.tally.shards, id)
 
-    Enum.reduce_while(records, {:ok, data}, fn
-      {:rewritten, id, _kept}, {:ok, data} ->
-        case data.tally.shards |> Map.fetch!(id) |> rewrite(data) do
-          {:ok, data} -> {:cont, {:ok, data}}
-          error -> {:halt, error}
-        end
-
-      _record, ok ->
-        {:cont, ok}
-    end)
-    |> case do
+    case rewrite(again, %{data | ledger: ledger}) do
       {:ok, data} -> go_on(data)
       {:error, error} -> stop({:error, error}, data)
     end

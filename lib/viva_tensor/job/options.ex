@@ -15,6 +15,7 @@ defmodule VivaTensor.Job.Options do
     :force,
     :resume,
     :unit_timeout,
+    :priority,
     :notify
   ]
 
@@ -29,6 +30,7 @@ defmodule VivaTensor.Job.Options do
     force: false,
     resume: false,
     unit_timeout: 3_600_000,
+    priority: :normal,
     notify: nil
   ]
 
@@ -42,6 +44,7 @@ defmodule VivaTensor.Job.Options do
           force: boolean,
           resume: boolean,
           unit_timeout: pos_integer | :infinity,
+          priority: :low | :normal | :high,
           notify: pid | nil
         }
 
@@ -58,6 +61,7 @@ defmodule VivaTensor.Job.Options do
          {:ok, force} <- flag(own, :force),
          {:ok, resume} <- flag(own, :resume),
          {:ok, unit_timeout} <- unit_timeout(own),
+         {:ok, priority} <- priority(own),
          {:ok, notify} <- notify(own),
          {:ok, recipe} <- recipe(own, recipe_opts) do
       {:ok,
@@ -71,6 +75,7 @@ defmodule VivaTensor.Job.Options do
          force: force,
          resume: resume,
          unit_timeout: unit_timeout,
+         priority: priority,
          notify: notify
        }}
     end
@@ -89,7 +94,8 @@ defmodule VivaTensor.Job.Options do
           :max_concurrency,
           :max_shard_size,
           :force,
-          :unit_timeout
+          :unit_timeout,
+          :priority
         ])
       ) ++ of_recipe(options.recipe)
   end
@@ -132,6 +138,13 @@ defmodule VivaTensor.Job.Options do
 
       other ->
         invalid(:unit_timeout, "expected milliseconds or :infinity, got #{inspect(other)}")
+    end
+  end
+
+  defp priority(own) do
+    case Keyword.get(own, :priority, :normal) do
+      priority when priority in [:low, :normal, :high] -> {:ok, priority}
+      other -> invalid(:priority, "expected :low, :normal or :high, got #{inspect(other)}")
     end
   end
 

@@ -92,7 +92,7 @@ defmodule VivaTensor.Job.Publication do
   end
 
   defp record(ledger, record, output) do
-    {shards, at, bytes, ledger} = ledger |> Ledger.add(record) |> Ledger.next()
+    {{shards, at, bytes}, ledger} = ledger |> Ledger.add(record) |> Ledger.next()
 
     with {:ok, _} <- output |> Native.output_record(shards, at, bytes) |> Error.wrap(:output) do
       {_records, ledger} = Ledger.written(ledger)

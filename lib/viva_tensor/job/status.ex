@@ -3,11 +3,17 @@ defmodule VivaTensor.Job.Status do
   How far a job is, and how long the rest may take.
   """
 
+  alias VivaTensor.Job.Admission
+
   @typedoc """
   - `state` - `:planning`, `:scaling` (choosing the scales of columns), `:running`, `:finishing`, `:stopping` or `:done`
   - `bytes`, `bytes_done` - of the source's tensors
   - `bytes_written` - of the output's
   - `running` - names of the tensors being worked on
+  - `units` - the same with how long it takes already, and which attempt it is
+  - `quarantined` - tensors that were put aside
+  - `memory` - bytes in flight over all jobs, as admission counts them, and what the native
+    side holds
   - `eta_seconds` - `nil` until there is a rate to tell it from
   """
   @type t :: %{
@@ -18,6 +24,9 @@ defmodule VivaTensor.Job.Status do
           bytes_done: non_neg_integer,
           bytes_written: non_neg_integer,
           running: [String.t()],
+          units: [%{name: String.t(), seconds: float, attempt: pos_integer}],
+          quarantined: non_neg_integer,
+          memory: %{in_flight: non_neg_integer, limit: pos_integer, native: non_neg_integer},
           seconds: float,
           bytes_per_second: float,
           eta_seconds: float | nil
@@ -27,6 +36,14 @@ defmodule VivaTensor.Job.Status do
   @spec of(atom, map, float) :: t
   def of(state, data, seconds) do
     tally = data.tally
+    now = System.monotonic_time()
+
+    units =
+      for {_ref, %{work: {:unit, unit, _}} = step} <- data.running do
+        microseconds = System.convert_time_unit(now - step.started, :native, :microsecond)
+        %{name: unit.name, seconds: microseconds / 1.0e6, attempt: step.attempt}
+      end
+
     rate = if seconds > 0, do: tally.bytes_done / seconds, else: 0.0
 
     %{
@@ -36,7 +53,14 @@ defmodule VivaTensor.Job.Status do
       bytes: tally.bytes,
       bytes_done: tally.bytes_done,
       bytes_written: tally.bytes_written,
-      running: for({_, %{work: {:unit, unit, _}}} <- data.running, do: unit.name),
+      running: Enum.map(units, & &1.name),
+      units: units,
+      quarantined: map_size(tally.quarantined),
+      memory: %{
+        in_flight: Admission.in_flight(),
+        limit: data.options.memory_limit,
+        native: VivaTensor.memory_info().native_bytes
+      },
       seconds: seconds,
       bytes_per_second: rate,
       eta_seconds: if(rate > 0, do: (tally.bytes - tally.bytes_done) / rate)

@@ -12,7 +12,7 @@ defmodule VivaTensor.Job.Step do
   alias VivaTensor.Native
 
   @enforce_keys [:work, :bytes]
-  defstruct [:work, :bytes, :ticket, :cancel, :pid, :timer, attempt: 1, overdue: false]
+  defstruct [:work, :bytes, :ticket, :cancel, :pid, :timer, :started, attempt: 1, overdue: false]
 
   @type work ::
           :plan
@@ -29,6 +29,7 @@ defmodule VivaTensor.Job.Step do
           cancel: reference | nil,
           pid: pid | nil,
           timer: reference | nil,
+          started: integer | nil,
           attempt: pos_integer,
           overdue: boolean
         }

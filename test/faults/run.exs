@@ -1,0 +1,164 @@
+# Kills real VMs in the middle of their jobs, and goes on with what they leave:
+#
+#     make faults                       (mix run test/faults/run.exs in the test environment)
+#     ... run.exs --seed 7 --moments 50
+#
+# - SIGKILL at seeded random moments across a job, as many as asked for,
+# - SIGKILL before every sync, rename and unlink of a job, once as it is and once with
+#   everything lost that was not synced, as a power cut does it,
+# - bytes changed in what a killed VM had finished,
+# - a disk that is full and has room later,
+# - workers killed at random while a job runs,
+# - a source that changed.
+#
+# After each the output has to have the bytes of a job that nothing interrupted, with
+# nothing left beside it. A killed job may do again no more than its largest unit for each
+# worker. The first loss ends the run with a message and exit code 1.
+
+alias VivaTensor.{Job, Table}
+alias VivaTensor.Test.{Faults, Jobs, Safetensors}
+
+{options, [], []} = OptionParser.parse(System.argv(), strict: [seed: :integer, moments: :integer])
+
+seed = Keyword.get(options, :seed, 1)
+moments = Keyword.get(options, :moments, 50)
+:rand.seed(:exsss, seed)
+root = Path.join(System.tmp_dir!(), "viva_tensor_faults_#{System.pid()}")
+model = "examples/models/viva-tiny"
+started = System.monotonic_time(:millisecond)
+
+seconds = fn -> div(System.monotonic_time(:millisecond) - started, 1000) end
+
+done = fn what, runs, killed, redone ->
+  IO.puts("#{what}: #{runs} runs, #{killed} interrupted, no byte lost or wrong (#{seconds.()} s)")
+  [what, runs, killed, redone]
+end
+
+# Before call 1, 2, … until the job makes no more calls.
+every_boundary = fn scene, library, opts ->
+  Stream.iterate(1, &(&1 + 1))
+  |> Stream.map(&Faults.killed_at(scene, library, &1, opts))
+  |> Enum.take_while(& &1.killed)
+  |> length()
+end
+
+flip = fn path ->
+  size = File.stat!(path).size
+  {:ok, file} = :file.open(path, [:read, :write, :raw, :binary])
+  at = :rand.uniform(size) - 1
+  {:ok, <<byte>>} = :file.pread(file, at, 1)
+  :ok = :file.pwrite(file, at, <<Bitwise.bxor(byte, 1 + :rand.uniform(254))>>)
+  :ok = :file.close(file)
+end
+
+try do
+  source = Faults.source!(Path.join(root, "source/model.safetensors"), 40)
+  shards = [format: :nf4, double_quant: true, max_shard_size: "2MB"]
+  scene = Faults.scene!(Path.join(root, "large"), source, shards)
+
+  length = Faults.duration(scene)
+
+  IO.puts(
+    "seed #{seed}; a job takes about #{length} ms, and may do #{scene.may_redo} bytes again"
+  )
+
+  # Some come when the job has ended already: they do not count.
+  random =
+    Stream.repeatedly(fn ->
+      run = Faults.killed_after(scene, :rand.uniform(length))
+      if run.redone > scene.may_redo, do: raise("#{run.redone} bytes were done again")
+      run
+    end)
+    |> Enum.reduce_while([], fn run, runs ->
+      runs = [run | runs]
+      {if(Enum.count(runs, & &1.killed) < moments, do: :cont, else: :halt), runs}
+    end)
+
+  killed = Enum.count(random, & &1.killed)
+  redone = random |> Enum.map(& &1.redone) |> Enum.max()
+  rows = [done.("SIGKILL at random moments", length(random), killed, redone)]
+
+  damaged =
+    for _ <- 1..div(moments, 4) do
+      Faults.killed_after(scene, :rand.uniform(length), fn ->
+        for path <-
+              Path.wildcard("#{scene.dir}/.out.partial/{shard-*,.manifest}", match_dot: true),
+            :rand.uniform(3) == 1,
+            do: flip.(path)
+      end)
+    end
+
+  killed = Enum.count(damaged, & &1.killed)
+  rows = rows ++ [done.("bytes changed in what was finished", length(damaged), killed, "-")]
+
+  rows =
+    case Faults.library() do
+      nil ->
+        IO.puts("SKIPPED: every sync and rename, and power cuts: there is no cc to compile with")
+        rows
+
+      library ->
+        small = [format: :nf4, max_concurrency: 1, max_shard_size: "600KB"]
+        tiny = Faults.scene!(Path.join(root, "tiny"), model, small)
+
+        for {what, opts} <- [{"SIGKILL", []}, {"power cut", [power: :cut]}], reduce: rows do
+          rows ->
+            runs = every_boundary.(tiny, library, opts)
+            rows ++ [done.("#{what} before every sync and rename", runs, runs, "-")]
+        end
+    end
+
+  rows =
+    case Faults.full_disk(scene) do
+      :not_allowed ->
+        IO.puts("SKIPPED: a full disk: this process may not mount a file system")
+        rows
+
+      runs ->
+        rows ++ [done.("a full disk", runs, runs, "-")]
+    end
+
+  workers =
+    for _ <- 1..div(moments, 4) do
+      {:ok, job} = Job.start([to: scene.to] ++ scene.opts)
+      Faults.kill_workers(job, fn -> Process.sleep(:rand.uniform(20)) end)
+      # What was killed three times is put aside or ends the job, and is tried again.
+      with {kind, _} when kind in [:partial, :error] <- Job.await(job) do
+        {:ok, job} = Job.start([to: scene.to, resume: true] ++ scene.opts)
+        {:ok, _} = Job.await(job)
+      end
+
+      true = Jobs.digests(scene.to) == scene.digests
+      File.rm_rf!(scene.to)
+    end
+
+  rows = rows ++ [done.("workers killed at random", length(workers), length(workers), "-")]
+
+  Jobs.interrupt!([to: scene.to] ++ scene.opts, 10)
+  content = File.read!(source)
+  [{name, {_, _, bytes}} | _] = source |> Safetensors.read!() |> Enum.sort()
+  {at, _} = :binary.match(content, bytes)
+  {:ok, records, _} = VivaTensor.Job.Manifest.read(Path.join(scene.dir, ".out.partial/.manifest"))
+  true = Enum.any?(records, &match?({:unit, _, ^name, _}, &1))
+  <<head::binary-size(at), byte, tail::binary>> = content
+  File.write!(source, <<head::binary, 255 - byte, tail::binary>>)
+
+  {:error, %{reason: {:changed, %{changes: [%{what: ^name}]}}}} =
+    Jobs.run([to: scene.to, resume: true] ++ scene.opts)
+
+  File.write!(source, content)
+  {:ok, _} = Jobs.run([to: scene.to, resume: true] ++ scene.opts)
+  true = Jobs.digests(scene.to) == scene.digests
+  rows = rows ++ [done.("a source that changed", 1, 1, "-")]
+
+  columns = [
+    {"fault", :left},
+    {"runs", :right},
+    {"interrupted", :right},
+    {"most bytes redone", :right}
+  ]
+
+  IO.puts(["\n", Table.text(columns, rows)])
+after
+  File.rm_rf!(root)
+end

@@ -1,0 +1,44 @@
+defmodule VivaTensor.Job.KillTest do
+  # A few of the moments that `make faults` tries all of: VMs of their own are killed in
+  # the middle of a job.
+  use ExUnit.Case, async: false
+
+  alias VivaTensor.Test.{Directory, Faults}
+
+  @model "examples/models/viva-tiny"
+
+  setup do
+    {:ok, dir: Directory.create!()}
+  end
+
+  test "a VM that is killed loses nothing", %{dir: dir} do
+    source = Faults.source!(Path.join(dir, "source/model.safetensors"), 12)
+    scene = Faults.scene!(Path.join(dir, "scene"), source, format: :nf4, max_shard_size: "1MB")
+
+    for milliseconds <- [0, 40, 90] do
+      run = Faults.killed_after(scene, milliseconds)
+      assert run.redone <= scene.may_redo
+    end
+  end
+
+  test "nor does one that is killed at a sync, or with all that was not synced", %{dir: dir} do
+    opts = [format: :nf4, max_concurrency: 1, max_shard_size: "600KB"]
+    scene = Faults.scene!(Path.join(dir, "scene"), @model, opts)
+
+    case Faults.library() do
+      nil ->
+        IO.puts(:stderr, "\nSKIPPED: VMs killed at syncs: there is no cc to compile with")
+
+      library ->
+        calls = Faults.boundaries(scene, library)
+        assert Enum.any?(calls, &(&1 =~ "fdatasync" and &1 =~ ".manifest"))
+        # In the middle, and when the output is about to appear.
+        assert Faults.killed_at(scene, library, 9).killed
+        assert Faults.killed_at(scene, library, 14, power: :cut).killed
+        last = length(calls)
+
+        for number <- [last - 12, last - 2],
+            do: Faults.killed_at(scene, library, number, power: :cut)
+    end
+  end
+end
