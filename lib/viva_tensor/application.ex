@@ -5,11 +5,12 @@ defmodule VivaTensor.Application do
       VivaTensor.Supervisor (rest_for_one)
       |-- VivaTensor.Job.Workers      Task.Supervisor: one process for each running unit
       |-- VivaTensor.Job.Admission    bytes in flight, over all jobs of the node
-      |-- VivaTensor.Job.Outputs      removes the temporary output of a job that dies
-      `-- VivaTensor.Job.Supervisor   one state machine for each job
+      |-- VivaTensor.Job.Outputs      lets go of the unfinished output of a job that dies
+      |-- VivaTensor.Job.Supervisor   one state machine for each job
+      `-- VivaTensor.Job.Queue        jobs that wait, on disk; only if it is configured
 
   A job relies on what stands above it, so the loss of any of those takes the
-  jobs down with it, and their temporary outputs.
+  jobs down with it; what they recorded stays.
 
   The native thread pool has `config :viva_tensor, threads: n` threads, or
   `VIVA_TENSOR_THREADS`, or else one for each scheduler that is online.
@@ -31,7 +32,16 @@ defmodule VivaTensor.Application do
         {DynamicSupervisor, name: VivaTensor.Job.Supervisor, strategy: :one_for_one}
       ]
 
-      Supervisor.start_link(children, strategy: :rest_for_one, name: VivaTensor.Supervisor)
+      queue =
+        case Application.get_env(:viva_tensor, :queue) do
+          nil -> []
+          options -> [{VivaTensor.Job.Queue, options}]
+        end
+
+      Supervisor.start_link(children ++ queue,
+        strategy: :rest_for_one,
+        name: VivaTensor.Supervisor
+      )
     end
   end
 

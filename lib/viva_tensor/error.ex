@@ -40,6 +40,7 @@ defmodule VivaTensor.Error do
   | `:worker_crashed` | `work`, `attempts`, `reason` |
   | `:timeout` | `milliseconds` |
   | `:no_job` | `reason` |
+  | `:no_queue` | |
   """
 
   @type t :: %__MODULE__{op: atom, reason: {atom, map}, message: String.t()}

@@ -56,8 +56,8 @@ defmodule VivaTensor.Job do
   `VivaTensor.Telemetry` has the same story as telemetry events.
   """
 
-  alias VivaTensor.{Error, Native, Report}
-  alias VivaTensor.Job.{Machine, Manifest, Options, Status}
+  alias VivaTensor.{Error, Report}
+  alias VivaTensor.Job.{Machine, Options, Queue, Status, Unfinished}
 
   @type job :: pid
   @type result :: {:ok, Report.t()} | {:partial, Report.t()} | {:error, Error.t()}
@@ -111,29 +111,9 @@ defmodule VivaTensor.Job do
   """
   @spec resume(Path.t(), keyword) :: {:ok, job} | {:error, Error.t()}
   def resume(to, opts \\ []) do
-    with {:ok, manifest} <- manifest(to),
-         {:ok, records, _at} <- Manifest.read(manifest) do
-      case records do
-        [{:begin, %{options: options}} | _] ->
-          options |> Keyword.merge(opts) |> Keyword.merge(resume: true) |> start()
-
-        [] ->
-          nothing_to_resume(to)
-      end
+    with {:ok, unfinished} <- Unfinished.of(to) do
+      unfinished |> Unfinished.options(opts) |> start()
     end
-  end
-
-  defp manifest(to) do
-    with nil <- Native.output_manifest(to), do: nothing_to_resume(to), else: (path -> {:ok, path})
-  end
-
-  defp nothing_to_resume(to) do
-    {:error,
-     Error.new(
-       :output,
-       {:nothing_to_resume, %{path: to}},
-       "no job left anything of #{to} to go on with; start one"
-     )}
   end
 
   @doc """
@@ -154,6 +134,14 @@ defmodule VivaTensor.Job do
       restart: :temporary
     }
   end
+
+  @doc """
+  Adds a job to the queue of the application, which starts it in its turn, also when the
+  node was restarted before: see `VivaTensor.Job.Queue`. Takes the options of `start/1`,
+  without statistics in memory.
+  """
+  @spec enqueue(keyword) :: {:ok, id :: pos_integer} | {:error, Error.t()}
+  def enqueue(opts), do: Queue.add(opts)
 
   @doc """
   Has the calling process informed of what happens from now on, as `notify:` does from the

@@ -78,6 +78,7 @@ defmodule VivaTensor.Native do
     output_create: [:target, :force, :protected],
     output_found: [:output],
     output_manifest: [:target],
+    output_locked: [:directory],
     output_record: [:output, :shards, :at, :records],
     output_release: [:output],
     output_path: [:output],

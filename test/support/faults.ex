@@ -7,6 +7,7 @@ defmodule VivaTensor.Test.Faults do
   """
 
   alias VivaTensor.{Job, Telemetry}
+  alias VivaTensor.Job.Manifest
   alias VivaTensor.Test.{Jobs, Safetensors}
 
   @library "test/faults/boundaries.c"
@@ -168,6 +169,27 @@ defmodule VivaTensor.Test.Faults do
       {1, _} -> full_until_enough(run, kilobytes + 1_500, full + 1)
       {98, _} when full == 0 -> :not_allowed
       {code, output} -> raise "exit code #{code}: #{output}"
+    end
+  end
+
+  @doc """
+  Changes a byte of the source that a unit was made from, and puts it back when going on
+  was refused by the tensor's name.
+  """
+  def refuses_another_source!(scene) do
+    with {:ok, records, _} <- Manifest.read(Path.join(scene.dir, ".out.partial/.manifest")),
+         [name | _] <- for({:unit, _, name, _} <- records, do: name) do
+      source = scene.opts[:source]
+      content = File.read!(source)
+      {_, _, bytes} = Safetensors.read!(source)[name]
+      {at, _} = :binary.match(content, bytes)
+      <<head::binary-size(at), byte, tail::binary>> = content
+      File.write!(source, <<head::binary, 255 - byte, tail::binary>>)
+
+      {:error, %{op: :source, reason: {:changed, %{changes: [%{what: ^name}]}}}} =
+        Jobs.run([to: scene.to, resume: true] ++ scene.opts)
+
+      File.write!(source, content)
     end
   end
 

@@ -55,12 +55,17 @@ defmodule VivaTensor.CLI.Job do
 
   @doc "Runs a job and shows what becomes of it. The application must be started."
   @spec run(String.t(), keyword, keyword) :: CLI.exit_code()
-  def run(task, options, flags) do
+  def run(task, options, flags), do: show(task, &Job.start([notify: &1] ++ options), flags)
+
+  @doc "Shows what becomes of a job that `start` starts, for a process to keep informed."
+  @spec show(String.t(), (pid -> {:ok, Job.job()} | {:error, Error.t()}), keyword) ::
+          CLI.exit_code()
+  def show(task, start, flags) do
     # The progress says it; standard output is for the report.
     Logger.put_module_level(Events, :warning)
 
     with {:ok, _} <- threads(flags[:threads]),
-         {:ok, job} <- Job.start([notify: self()] ++ options) do
+         {:ok, job} <- start.(self()) do
       progress = Progress.new()
       monitor = Process.monitor(job)
       trap_signals(job)
@@ -144,12 +149,12 @@ defmodule VivaTensor.CLI.Job do
   end
 
   defp finish({:ok, report}, _task, flags) do
-    show(report, flags)
+    print(report, flags)
     0
   end
 
   defp finish({:partial, report}, task, flags) do
-    show(report, flags)
+    print(report, flags)
 
     for %{name: name, reason: reason} <- report.quarantined do
       IO.puts(:stderr, "#{task}: #{name}: #{reason}")
@@ -166,7 +171,7 @@ defmodule VivaTensor.CLI.Job do
 
   defp finish({:error, error}, task, flags), do: CLI.failure(task, error, flags)
 
-  defp show(report, flags) do
+  defp print(report, flags) do
     if flags[:json] do
       IO.puts(CLI.json(Report.to_map(report)))
     else

@@ -4,13 +4,24 @@ defmodule VivaTensor.CLI.Progress do
   terminal, and elsewhere a plain line for each tenth of the way.
   """
 
-  alias VivaTensor.Job.Status
   alias VivaTensor.Size
 
   @bar 24
 
   @enforce_keys [:terminal?]
   defstruct [:terminal?, tenth: 0]
+
+  @typedoc "What is shown of a `t:VivaTensor.Job.Status.t/0`."
+  @type shown :: %{
+          required(:state) => atom,
+          required(:tensors) => non_neg_integer,
+          required(:tensors_done) => non_neg_integer,
+          required(:bytes) => non_neg_integer,
+          required(:bytes_done) => non_neg_integer,
+          required(:bytes_per_second) => float,
+          required(:eta_seconds) => float | nil,
+          optional(any) => any
+        }
 
   @type t :: %__MODULE__{terminal?: boolean, tenth: 0..10}
 
@@ -19,7 +30,7 @@ defmodule VivaTensor.CLI.Progress do
   def new, do: %__MODULE__{terminal?: IO.ANSI.enabled?()}
 
   @doc "Shows a status."
-  @spec show(t, Status.t()) :: t
+  @spec show(t, shown) :: t
   def show(%__MODULE__{terminal?: true} = progress, status) do
     IO.write(:stderr, ["\r\e[K", bar(status), " ", line(status)])
     progress
@@ -45,7 +56,7 @@ defmodule VivaTensor.CLI.Progress do
       ...> })
       "3/20 tensors  500.0 kB of 2.00 MB  0.25 GB/s  ETA 1:15"
   """
-  @spec line(map) :: String.t()
+  @spec line(shown) :: String.t()
   def line(%{state: :planning}), do: "reading the source"
   def line(%{state: :scaling}), do: "choosing the scales of columns"
 

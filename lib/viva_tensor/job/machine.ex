@@ -119,8 +119,11 @@ defmodule VivaTensor.Job.Machine do
   end
 
   def handle_event({:call, from}, :cancel, _state, data) do
-    error = Error.new(:job, {:cancelled, %{}}, "the job was cancelled")
-    stop({:error, error}, %{data | waiting: [from | data.waiting]})
+    cancel(%{data | waiting: [from | data.waiting]})
+  end
+
+  def handle_event(:cast, :cancel, state, data) when state not in [:stopping, :done] do
+    cancel(data)
   end
 
   def handle_event(:internal, :advance, state, data)
@@ -382,7 +385,8 @@ defmodule VivaTensor.Job.Machine do
   defp planned(data) do
     case Outputs.open(data.options, data.plan.checkpoint.protected) do
       {:ok, output, {:nothing, _}} ->
-        begin(Resumption.none(data.identity, data.options), %{data | output: output})
+        found = Resumption.none(data.identity, data.plan, data.options)
+        begin(found, %{data | output: output})
 
       {:ok, output, left} ->
         step = Step.new({:compare, left})
@@ -550,6 +554,10 @@ defmodule VivaTensor.Job.Machine do
       {:ok, report} -> conclude({:partial, report}, %{data | output: nil})
       {:error, error} -> stop({:error, error}, data)
     end
+  end
+
+  defp cancel(data) do
+    stop({:error, Error.new(:job, {:cancelled, %{}}, "the job was cancelled")}, data)
   end
 
   defp stop(result, data) do

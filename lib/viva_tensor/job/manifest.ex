@@ -10,7 +10,7 @@ defmodule VivaTensor.Job.Manifest do
 
   The records, each made durable after what it speaks of:
 
-  - `{:begin, %{identity: identity, options: keyword}}` - what the job is to do, first
+  - `{:begin, %{identity:, options:, tensors:, bytes:}}` - what the job is to do, first
   - `{:resumed, identity}` - with what it was gone on with
   - `{:unit, shard, name, %{row:, source_hash:, parts:}}` - a finished unit; `parts`
     are `{tensor, sha256, content}`, the content of a tensor that the shard gets only
@@ -49,7 +49,7 @@ defmodule VivaTensor.Job.Manifest do
       iex> at == byte_size(Manifest.head())
       true
   """
-  @spec encode([record]) :: iodata
+  @spec encode([tuple]) :: iodata
   def encode(records) do
     for record <- records do
       term = :erlang.term_to_binary(record)
@@ -62,7 +62,7 @@ defmodule VivaTensor.Job.Manifest do
   def head, do: @magic
 
   @doc "The records of a file, and where the next one goes."
-  @spec read(Path.t()) :: {:ok, [record], non_neg_integer} | {:error, Error.t()}
+  @spec read(Path.t()) :: {:ok, [tuple], non_neg_integer} | {:error, Error.t()}
   def read(path) do
     with {:ok, bytes} <- path |> File.read() |> FileError.wrap(:output, path),
          :error <- decode(bytes) do
@@ -76,7 +76,7 @@ defmodule VivaTensor.Job.Manifest do
   end
 
   @doc "The same of the bytes of a file; `:error` for any other file."
-  @spec decode(binary) :: {:ok, [record], non_neg_integer} | :error
+  @spec decode(binary) :: {:ok, [tuple], non_neg_integer} | :error
   def decode(<<@magic, rest::binary>>), do: records(rest, byte_size(@magic), [])
   # Torn before there was anything to say.
   def decode(bytes) when byte_size(bytes) < byte_size(@magic), do: {:ok, [], 0}

@@ -5,12 +5,17 @@ defmodule VivaTensor.Job.Outputs do
   A job that ends in order commits or closes its own output. A job that is killed
   cannot, so this process, which stands above all jobs, watches them: what they
   recorded stays for a job that goes on with it, and what is not recorded goes.
+
+  A file `.NAME.cancel` beside an output, which `mix viva.jobs cancel` makes, cancels the
+  job that writes it, whichever process that is.
   """
 
   use GenServer
 
   alias VivaTensor.{Error, Native}
-  alias VivaTensor.Job.Options
+  alias VivaTensor.Job.{Options, Unfinished}
+
+  @look_ms 500
 
   @typedoc "What an earlier job left, and the path of its manifest."
   @type found :: {:nothing | :unfinished | :published, Path.t()}
@@ -31,14 +36,18 @@ defmodule VivaTensor.Job.Outputs do
   @impl true
   def init(_) do
     Process.flag(:trap_exit, true)
+    Process.send_after(self(), :look, @look_ms)
     {:ok, %{}}
   end
 
   @impl true
   def handle_call({:open, options, protected}, {pid, _}, outputs) do
     case output(options, protected) do
-      {:ok, output, found} ->
-        {:reply, {:ok, output, found}, Map.put(outputs, Process.monitor(pid), output)}
+      {:ok, output, {_, manifest} = found} ->
+        request = Unfinished.cancel_request(Path.dirname(manifest))
+        File.rm(request)
+        outputs = Map.put(outputs, Process.monitor(pid), {output, pid, request})
+        {:reply, {:ok, output, found}, outputs}
 
       {:error, error} ->
         {:reply, {:error, error}, outputs}
@@ -47,9 +56,19 @@ defmodule VivaTensor.Job.Outputs do
 
   @impl true
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, outputs) do
-    {output, outputs} = Map.pop(outputs, monitor)
+    {{output, _pid, _request}, outputs} = Map.pop(outputs, monitor)
     # Of an output that its job has committed or closed, nothing is left to do.
     Native.output_release(output)
+    {:noreply, outputs}
+  end
+
+  def handle_info(:look, outputs) do
+    for {_monitor, {_output, pid, request}} <- outputs, File.exists?(request) do
+      :gen_statem.cast(pid, :cancel)
+    end
+
+    for {_monitor, {_output, _pid, request}} <- outputs, do: File.rm(request)
+    Process.send_after(self(), :look, @look_ms)
     {:noreply, outputs}
   end
 
@@ -57,7 +76,7 @@ defmodule VivaTensor.Job.Outputs do
 
   @impl true
   def terminate(_reason, outputs) do
-    outputs |> Map.values() |> Enum.each(&Native.output_release/1)
+    for {_monitor, {output, _pid, _request}} <- outputs, do: Native.output_release(output)
   end
 
   defp output(%{force: true, resume: false} = options, protected) do

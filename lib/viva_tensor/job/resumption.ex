@@ -29,9 +29,18 @@ defmodule VivaTensor.Job.Resumption do
         }
 
   @doc "Nothing: a job that begins."
-  @spec none(Identity.t(), Options.t()) :: t
-  def none(identity, options) do
-    %__MODULE__{head: [{:begin, %{identity: identity, options: Options.to_keyword(options)}}]}
+  @spec none(Identity.t(), Plan.t(), Options.t()) :: t
+  def none(identity, plan, options) do
+    units = Enum.concat(plan.shards)
+
+    what = %{
+      identity: identity,
+      options: Options.to_keyword(options),
+      tensors: length(units),
+      bytes: units |> Enum.map(& &1.input_bytes) |> Enum.sum()
+    }
+
+    %__MODULE__{head: [{:begin, what}]}
   end
 
   @doc """
@@ -52,7 +61,7 @@ defmodule VivaTensor.Job.Resumption do
           end
 
         [] ->
-          {:ok, none(identity, options)}
+          {:ok, none(identity, plan, options)}
       end
     end
   end

@@ -8,9 +8,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use viva_core::Error;
-use viva_core::io::{
-    EntryDType, FixedEntry, Found, LateEntry, OutputDir, ShardWriter, TensorFile, record,
-};
+use viva_core::io::{EntryDType, FixedEntry, Found, LateEntry, OutputDir, ShardWriter, TensorFile};
 use viva_core::tensor::DType;
 
 fn fixed(name: &str, dtype: impl Into<EntryDType>, shape: &[usize]) -> FixedEntry {
@@ -375,7 +373,7 @@ fn whoever_comes_second_is_told_so() {
     fs::create_dir(&target).unwrap();
     fs::write(target.join("theirs"), "").unwrap();
     let hidden = late.path().to_path_buf();
-    record(&hidden, &[], 0, b"all done").unwrap();
+    late.recorder().record(&[], 0, b"all done").unwrap();
     let error = late.commit().unwrap_err();
     assert!(
         error.to_string().contains(&hidden.display().to_string()),
@@ -402,11 +400,24 @@ fn what_is_recorded_outlives_whoever_wrote_it() {
     };
     let first = open();
     assert_eq!(first.found(), Found::Nothing);
+    assert!(OutputDir::is_locked(first.path()));
+    assert_eq!(OutputDir::manifest_of(&target), None);
     let shard = create(&first);
     shard.write("x", b"abc").unwrap();
-    record(first.path(), &[&shard], 0, b"one, torn").unwrap();
-    record(first.path(), &[&shard], 5, b"two").unwrap();
+    first.recorder().record(&[&shard], 0, b"one, torn").unwrap();
+    first.recorder().record(&[&shard], 5, b"two").unwrap();
+    let path = first.path().to_path_buf();
+    let recorder = first.recorder();
     drop((shard, first));
+    // Who is still recording keeps others out.
+    assert!(OutputDir::is_locked(&path));
+    assert_eq!(code(OutputDir::open(&target, false, &[])), "ebusy");
+    drop(recorder);
+    assert!(!OutputDir::is_locked(&path));
+    assert_eq!(
+        OutputDir::manifest_of(&target),
+        Some(path.join(".manifest"))
+    );
 
     let second = open();
     assert_eq!(second.found(), Found::Unfinished);
@@ -430,12 +441,12 @@ fn what_is_recorded_outlives_whoever_wrote_it() {
 
     // Nor is it where that was asked for.
     let output = OutputDir::create(&other, false, &[]).unwrap();
-    record(output.path(), &[], 0, b"one").unwrap();
+    output.recorder().record(&[], 0, b"one").unwrap();
     drop(output);
     let output = OutputDir::create(&other, false, &[]).unwrap();
     assert_eq!(output.found(), Found::Nothing);
     assert_eq!(names(output.path()), [""; 0]);
-    record(output.path(), &[], 0, b"one").unwrap();
+    output.recorder().record(&[], 0, b"one").unwrap();
     output.abort().unwrap();
     assert_eq!(names(&home.path().join("b")), [""; 0]);
 }

@@ -76,9 +76,9 @@ fn output_record(
     records: Binary,
 ) -> Outcome<usize> {
     // Not under the lock: others go on with the output meanwhile.
-    let directory = with_output(&output, |o| Ok(o.path().to_path_buf()))?;
+    let recorder = with_output(&output, |o| Ok(o.recorder()))?;
     let shards: Vec<_> = shards.iter().map(|s| &s.0).collect();
-    io::record(&directory, &shards, at, &records)?;
+    recorder.record(&shards, at, &records)?;
     Ok(records.len())
 }
 
@@ -112,6 +112,12 @@ fn unit_source_hash<'a>(
 fn output_manifest(target: String) -> Option<String> {
     let manifest = OutputDir::manifest_of(target);
     manifest.map(|m| m.to_string_lossy().into_owned())
+}
+
+/// Whether a job is writing in that directory now.
+#[rustler::nif(schedule = "DirtyIo")]
+fn output_locked(directory: String) -> bool {
+    OutputDir::is_locked(directory)
 }
 
 /// `{bytes, identity}` of a file: the identity changes with everything that is

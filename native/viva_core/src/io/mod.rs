@@ -25,7 +25,7 @@ pub use file::TensorFile;
 pub use mapped::{Mapped, mapped_bytes};
 pub use metadata::Metadata;
 pub(crate) use output::sync_directory;
-pub use output::{Found, OutputDir, file_identity, record};
+pub use output::{Found, OutputDir, Recorder, file_identity};
 pub use shards::{WrittenShard, index_json, plan_shards, shard_name};
 pub use writer::{FixedEntry, LateEntry, ShardWriter};
 

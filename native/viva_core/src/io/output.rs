@@ -4,6 +4,8 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
@@ -15,6 +17,9 @@ use crate::error::{Error, Result};
 /// tells how far an interrupted job came: it travels with the directory, and is
 /// the last thing to go.
 const MANIFEST: &str = ".manifest";
+
+/// How long a lock is waited for.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// What an earlier job left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +48,15 @@ pub struct OutputDir {
     made_parents: Vec<PathBuf>,
     found: Found,
     /// The open directory, which holds the lock.
-    _lock: File,
+    lock: Arc<File>,
+}
+
+/// Appends to the manifest of an output. The output stays locked while this lives: what
+/// a job was writing when it ended is written before another goes on.
+#[derive(Debug)]
+pub struct Recorder {
+    directory: PathBuf,
+    _lock: Arc<File>,
 }
 
 impl OutputDir {
@@ -69,7 +82,7 @@ impl OutputDir {
         let published = there.as_ref().filter(|t| t.join(MANIFEST).is_file());
         if let Some(target) = published {
             return Ok(OutputDir {
-                _lock: lock(target, target)?.ok_or_else(|| busy(target))?,
+                lock: lock(target, target)?.ok_or_else(|| busy(target))?,
                 target: target.clone(),
                 partial: target.clone(),
                 replaces: false,
@@ -104,7 +117,7 @@ impl OutputDir {
             replaces,
             made_parents,
             found: Found::Unfinished,
-            _lock: lock,
+            lock,
         };
         if !output.manifest().is_file() {
             output.clear()?;
@@ -143,6 +156,12 @@ impl OutputDir {
             .find(|m| m.is_file())
     }
 
+    /// Whether a job is writing in that directory now.
+    pub fn is_locked(directory: impl AsRef<Path>) -> bool {
+        let shared = File::open(directory).map(|d| d.try_lock_shared());
+        matches!(shared, Ok(Err(TryLockError::WouldBlock)))
+    }
+
     /// Removes everything in it; of a published output there is nothing to remove.
     ///
     /// # Errors
@@ -172,7 +191,15 @@ impl OutputDir {
         self.found
     }
 
-    /// The file that says what is done: see [`record`].
+    /// What appends to the manifest.
+    pub fn recorder(&self) -> Recorder {
+        Recorder {
+            directory: self.partial.clone(),
+            _lock: Arc::clone(&self.lock),
+        }
+    }
+
+    /// The file that says what is done: see [`Recorder`].
     pub fn manifest(&self) -> PathBuf {
         self.partial.join(MANIFEST)
     }
@@ -317,28 +344,30 @@ impl Drop for OutputDir {
     }
 }
 
-/// Makes what these shards of a directory hold durable, and then that its manifest
-/// says so: writes `records` into it, `at` bytes after its start.
-///
-/// # Errors
-/// [`Error::Io`]. Doing it again with the same bytes does no harm.
-pub fn record(directory: &Path, shards: &[&ShardWriter], at: u64, records: &[u8]) -> Result<()> {
-    for shard in shards {
-        shard.sync()?;
-    }
-    // Their names, before the manifest speaks of them.
-    sync_directory(directory)?;
-    let path = directory.join(MANIFEST);
-    let io = |e| Error::io(&path, &e);
-    let file = (OpenOptions::new().write(true).create(true).truncate(false))
-        .open(&path)
-        .map_err(io)?;
-    file.set_len(at).map_err(io)?;
-    file.write_all_at(records, at).map_err(io)?;
-    file.sync_data().map_err(io)?;
-    match at {
-        0 => sync_directory(directory),
-        _ => Ok(()),
+impl Recorder {
+    /// Makes what these shards hold durable, and then that the manifest says so: writes
+    /// `records` into it, `at` bytes after its start.
+    ///
+    /// # Errors
+    /// [`Error::Io`]. Doing it again with the same bytes does no harm.
+    pub fn record(&self, shards: &[&ShardWriter], at: u64, records: &[u8]) -> Result<()> {
+        for shard in shards {
+            shard.sync()?;
+        }
+        // Their names, before the manifest speaks of them.
+        sync_directory(&self.directory)?;
+        let path = self.directory.join(MANIFEST);
+        let io = |e| Error::io(&path, &e);
+        let file = (OpenOptions::new().write(true).create(true).truncate(false))
+            .open(&path)
+            .map_err(io)?;
+        file.set_len(at).map_err(io)?;
+        file.write_all_at(records, at).map_err(io)?;
+        file.sync_data().map_err(io)?;
+        match at {
+            0 => sync_directory(&self.directory),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -364,22 +393,29 @@ pub fn file_identity(path: impl AsRef<Path>) -> Result<(u64, String)> {
 
 /// Locks a directory, unless `path` names another one by then. The lock goes with
 /// the file, however the process ends.
-fn lock(path: &Path, target: &Path) -> Result<Option<File>> {
+fn lock(path: &Path, target: &Path) -> Result<Option<Arc<File>>> {
     let file = match File::open(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         opened => opened.map_err(|e| Error::io(path, &e))?,
     };
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(busy(target)),
-        // Some network file systems have no locks.
-        Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => {}
-        Err(TryLockError::Error(e)) => return Err(Error::io(path, &e)),
+    let begun = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => break,
+            // A job that was killed may be writing its last record.
+            Err(TryLockError::WouldBlock) if begun.elapsed() < LAST_WORDS => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(TryLockError::WouldBlock) => return Err(busy(target)),
+            // Some network file systems have no locks.
+            Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => break,
+            Err(TryLockError::Error(e)) => return Err(Error::io(path, &e)),
+        }
     }
     let identity = |m: fs::Metadata| (m.dev(), m.ino());
     let locked = file.metadata().map(identity);
     let named = fs::metadata(path).map(identity);
-    Ok(matches!((locked, named), (Ok(a), Ok(b)) if a == b).then_some(file))
+    Ok(matches!((locked, named), (Ok(a), Ok(b)) if a == b).then(|| Arc::new(file)))
 }
 
 fn busy(target: &Path) -> Error {
