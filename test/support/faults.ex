@@ -60,7 +60,8 @@ defmodule VivaTensor.Test.Faults do
     receive do: ({^port, {:data, "begun" <> _}} -> :ok)
     Process.sleep(milliseconds)
     {:os_pid, pid} = Port.info(port, :os_pid) || {:os_pid, nil}
-    if pid, do: System.cmd("kill", ["-9", "#{pid}"], stderr_to_stdout: true)
+    # Every shell has kill, not every system a program of that name.
+    if pid, do: System.cmd("sh", ["-c", "kill -9 #{pid}"], stderr_to_stdout: true)
     code = exit_status(port)
     fun.()
     finished = if File.exists?(log), do: log |> File.read!() |> String.split("\n"), else: []
