@@ -29,6 +29,7 @@ defmodule VivaTensor.Report do
     :bytes_per_second,
     :versions,
     :statistics,
+    :identity,
     quarantined: []
   ]
 
@@ -72,6 +73,9 @@ defmodule VivaTensor.Report do
   @type quarantined :: %{name: String.t(), reason: String.t(), attempts: pos_integer}
 
   @typedoc """
+  `identity` is a hash of the source, the recipe and the version of the program: where it
+  is the same, so is the output.
+
   `quarantined` tensors make a job partial: its output is then not there, `files` are
   empty and `output_bytes` those of the tensors that are done.
 
@@ -86,6 +90,7 @@ defmodule VivaTensor.Report do
           target: Path.t(),
           recipe: Recipe.t() | Conversion.t(),
           tensors: [row],
+          identity: String.t() | nil,
           quarantined: [quarantined],
           files: [%{name: String.t(), bytes: non_neg_integer}],
           input_bytes: non_neg_integer,
@@ -157,6 +162,32 @@ defmodule VivaTensor.Report do
   def to_map(%__MODULE__{} = report) do
     report |> Map.from_struct() |> Map.update!(:recipe, fn %kind{} = r -> kind.to_map(r) end)
   end
+
+  @doc "The report of a recipe or conversion, from what `report.json` holds."
+  @spec from_map(%{String.t() => term}, Recipe.t() | Conversion.t()) :: t
+  def from_map(map, recipe) do
+    report = map |> keys() |> Map.put(:recipe, recipe)
+
+    struct!(__MODULE__, %{
+      report
+      | tensors: Enum.map(report.tensors, &row_from_map/1),
+        files: Enum.map(report.files, &keys/1),
+        quarantined: Enum.map(report.quarantined, &keys/1),
+        worst: report.worst && keys(report.worst),
+        statistics: report.statistics && keys(report.statistics),
+        versions: keys(report.versions)
+    })
+  end
+
+  defp row_from_map(map) do
+    row = keys(map)
+
+    for key <- [:action, :format, :from], value = row[key], reduce: row do
+      row -> Map.put(row, key, String.to_existing_atom(value))
+    end
+  end
+
+  defp keys(map), do: Map.new(map, fn {key, value} -> {String.to_existing_atom(key), value} end)
 
   @doc """
   A report as a text table. Layers of the same kind share a row, whose SQNR is the

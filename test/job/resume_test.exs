@@ -4,6 +4,7 @@ defmodule VivaTensor.Job.ResumeTest do
   doctest VivaTensor.Job.Manifest
 
   import VivaTensor.Test.Jobs
+  import VivaTensor.Test.Faults, only: [flip: 2]
 
   alias VivaTensor.{Calibration, Error, Job, Native, Report, Telemetry}
   alias VivaTensor.Job.Manifest
@@ -242,12 +243,29 @@ defmodule VivaTensor.Job.ResumeTest do
     end
   end
 
-  defp flip(content, at) do
-    <<before::binary-size(at), byte, rest::binary>> = content
-    <<before::binary, 255 - byte, rest::binary>>
-  end
-
   defp cut(path, size), do: File.write!(path, binary_part(File.read!(path), 0, size))
+
+  describe "an output that is complete" do
+    test "is left as it is where the same is asked for again", c do
+      for opts <- [[format: :nf4, double_quant: true], [format: :q4_k]] do
+        to = "#{c.to}-#{opts[:format]}"
+        opts = [source: @model, to: to] ++ opts
+        {:ok, first} = run(opts)
+        {again, {:ok, second}} = units_done(fn -> run([resume: true] ++ opts) end)
+        assert again == []
+        assert second == first
+
+        assert {:error, %Error{reason: {:io, %{code: "eexist"}}}} =
+                 run([resume: true, min_elements: 1] ++ opts)
+
+        assert {:error, %Error{reason: {:io, %{code: "eexist"}}}} = run(opts)
+      end
+
+      to = c.to <> "-plain"
+      {:ok, first} = run(source: c.to <> "-nf4", to: to, convert: :plain)
+      assert run(source: c.to <> "-nf4", to: to, convert: :plain, resume: true) == {:ok, first}
+    end
+  end
 
   describe "what was interrupted at the very end" do
     # The names are given, and the report says that all is there.

@@ -8,8 +8,6 @@ defmodule VivaTensor.CLI.Job do
   alias VivaTensor.CLI.Progress
   alias VivaTensor.Job.{Events, Failure}
 
-  require Logger
-
   @tick_ms 100
   @signals [:sigterm, :sighup, :sigquit]
   @last_words_ms 1_000

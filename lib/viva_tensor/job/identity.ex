@@ -58,6 +58,10 @@ defmodule VivaTensor.Job.Identity do
     end
   end
 
+  @doc "A hash of everything that decides what the output is."
+  @spec digest(t) :: String.t()
+  def digest(identity), do: identity |> hash() |> Base.encode16(case: :lower)
+
   @doc "Fails if the files of the source are not those that the identity is of."
   @spec same_source(t, Plan.t()) :: :ok | {:error, Error.t()}
   def same_source(identity, plan) do

@@ -15,19 +15,19 @@ defmodule VivaTensor.Job.Ledger do
   """
   @type t :: %__MODULE__{
           at: non_neg_integer,
-          head: [Manifest.record()],
-          pending: [Manifest.record()],
+          head: [Manifest.entry()],
+          pending: [Manifest.entry()],
           shards: %{reference => true},
           unrecorded: {non_neg_integer, non_neg_integer},
-          writing: nil | {[Manifest.record()], [reference], binary}
+          writing: nil | {[Manifest.entry()], [reference], binary}
         }
 
   @doc "A ledger whose next record goes to `at`, after those of `head`."
-  @spec new([Manifest.record()], non_neg_integer) :: t
+  @spec new([Manifest.entry()], non_neg_integer) :: t
   def new(head, at \\ 0), do: %__MODULE__{head: head, at: at}
 
   @doc "Adds a record, and the shard to sync before."
-  @spec add(t, Manifest.record(), Shard.t() | nil) :: t
+  @spec add(t, Manifest.entry(), Shard.t() | nil) :: t
   def add(ledger, record, shard \\ nil)
 
   def add(ledger, record, nil) do
@@ -73,7 +73,7 @@ defmodule VivaTensor.Job.Ledger do
   def again(%{writing: {_records, shards, bytes}, at: at}), do: {shards, at, bytes}
 
   @doc "Ends a write: the records that are in the manifest now."
-  @spec written(t) :: {[Manifest.record()], t}
+  @spec written(t) :: {[Manifest.entry()], t}
   def written(%{writing: {records, _shards, bytes}} = ledger) do
     {pending, _written} = ledger.unrecorded
     ledger = %{ledger | at: ledger.at + byte_size(bytes), head: [], unrecorded: {pending, 0}}

@@ -40,7 +40,7 @@ defmodule VivaTensor.Job.Machine do
   @backoff_ms 50
   # What a worker has to leave its native call after it was told to.
   @grace_ms 1_000
-  # What may be done again however small the units are: syncing each of them would take
+  # What a killed job may have to do again for each worker, however small the units are: syncing each of them would take
   # longer.
   @small_bytes 256 * 1024
   # A finished job answers for this long; its report is on disk in any case.
@@ -243,13 +243,13 @@ defmodule VivaTensor.Job.Machine do
 
   defp advance(data), do: data
 
-  # There is a worker, and a killed job would not have to do again more than its
-  # largest unit for each of them.
-  defp free?(step, %{options: %{max_concurrency: workers}} = data) do
+  defp free?(step, data) do
     busy = Map.values(data.requested) ++ Map.values(data.running)
-    at_risk = Ledger.unrecorded(data.ledger) + Enum.sum(Enum.map([step | busy], &Step.risk/1))
-    length(busy) < workers and at_risk <= workers * max(data.largest, @small_bytes)
+    risk = workers(data) * max(data.largest, @small_bytes)
+    length(busy) < workers(data) and Step.risk([step | busy], data.ledger) <= risk
   end
+
+  defp workers(data), do: data.options.max_concurrency
 
   defp start(step, data) do
     case Worker.prepare(step, data) do
@@ -393,9 +393,20 @@ defmodule VivaTensor.Job.Machine do
         {:keep_state, %{data | output: output} |> enqueue(step) |> advance()}
 
       {:error, error} ->
-        stop({:error, error}, data)
+        done_already(error, data)
     end
   end
+
+  # Going on with what is complete changes nothing.
+  defp done_already(%Error{reason: {:io, %{code: "eexist"}}} = error, data)
+       when data.options.resume do
+    case Publication.published(data.options, data.identity) do
+      {:ok, report} -> conclude({:ok, report}, %{data | seconds: elapsed(data)})
+      :error -> stop({:error, error}, data)
+    end
+  end
+
+  defp done_already(error, data), do: stop({:error, error}, data)
 
   # It was all there: only the report is to be told.
   defp begin(%{published: %{} = fields}, data) do

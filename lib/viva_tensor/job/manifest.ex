@@ -29,7 +29,7 @@ defmodule VivaTensor.Job.Manifest do
   @typedoc "A shard's id."
   @type shard :: [non_neg_integer]
 
-  @type record ::
+  @type entry ::
           {:begin, map}
           | {:resumed, map}
           | {:unit, shard, String.t(), map}

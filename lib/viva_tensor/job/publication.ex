@@ -6,7 +6,7 @@ defmodule VivaTensor.Job.Publication do
   """
 
   alias VivaTensor.{Error, Native, Recipe, Report}
-  alias VivaTensor.Job.{FileError, Ledger, Options, Plan, Shard, Tally}
+  alias VivaTensor.Job.{FileError, Identity, Ledger, Options, Plan, Shard, Tally}
 
   @config "config.json"
   @index "model.safetensors.index.json"
@@ -17,6 +17,7 @@ defmodule VivaTensor.Job.Publication do
           required(:output) => reference,
           required(:options) => Options.t(),
           required(:plan) => Plan.t(),
+          required(:identity) => Identity.t(),
           required(:tally) => Tally.t(),
           required(:ledger) => Ledger.t(),
           required(:seconds) => float,
@@ -65,8 +66,22 @@ defmodule VivaTensor.Job.Publication do
     end
   end
 
+  @doc "The report of an output that is there already, if it is of the same job."
+  @spec published(Options.t(), Identity.t()) :: {:ok, Report.t()} | :error
+  def published(options, identity) do
+    digest = Identity.digest(identity)
+
+    with {:ok, json} <- options.to |> Path.join(@report) |> File.read(),
+         {:ok, %{"identity" => ^digest} = map} <- Native.json_decode(json) do
+      {:ok, Report.from_map(map, options.recipe)}
+    else
+      _ -> :error
+    end
+  end
+
   defp fields(job, files) do
     %{
+      identity: Identity.digest(job.identity),
       statistics: job.plan.statistics,
       tensors: Tally.rows(job.tally),
       quarantined: Tally.quarantined(job.tally),

@@ -22,7 +22,7 @@ defmodule VivaTensor.Job.Resumption do
   """
   @type t :: %__MODULE__{
           at: non_neg_integer,
-          head: [Manifest.record()],
+          head: [Manifest.entry()],
           units: %{{Manifest.shard(), String.t()} => unit},
           rewritten: %{Manifest.shard() => %{String.t() => String.t()}},
           published: map | nil

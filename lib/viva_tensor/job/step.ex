@@ -8,7 +8,7 @@ defmodule VivaTensor.Job.Step do
   too long can be asked to leave without any other.
   """
 
-  alias VivaTensor.Job.{Manifest, Observation, Resumption, Shard, Unit}
+  alias VivaTensor.Job.{Ledger, Manifest, Observation, Resumption, Shard, Unit}
   alias VivaTensor.Native
 
   @enforce_keys [:work, :bytes]
@@ -76,10 +76,12 @@ defmodule VivaTensor.Job.Step do
   def timed?(%{work: {:search, _}}), do: true
   def timed?(_step), do: false
 
-  @doc "Bytes of the source that are to be done again if it is lost."
-  @spec risk(t) :: non_neg_integer
-  def risk(%{work: {:unit, unit, _}}), do: unit.input_bytes
-  def risk(_step), do: 0
+  @doc "Bytes of the source that are to be done again if these are lost, and what is not recorded."
+  @spec risk([t], Ledger.t()) :: non_neg_integer
+  def risk(steps, ledger) do
+    running = for %{work: {:unit, unit, _}} <- steps, do: unit.input_bytes
+    Ledger.unrecorded(ledger) + Enum.sum(running)
+  end
 
   @doc "What a step is about."
   @spec name(t) :: String.t()
