@@ -46,8 +46,9 @@ defmodule VivaTensor.Test.Faults do
     tensors =
       for n <- 1..count do
         shift = rem(n * 4096, byte_size(noise))
-        <<head::binary-size(shift), tail::binary>> = noise
-        {"layers.#{n}.weight", "F32", [256, 1024], :binary.copy(tail <> head, 4)}
+        tail = binary_part(noise, shift, byte_size(noise) - shift)
+        bytes = :binary.copy(tail <> binary_part(noise, 0, shift), 4)
+        {"layers.#{n}.weight", "F32", [256, 1024], bytes}
       end
 
     Safetensors.write!(path, tensors)
