@@ -68,7 +68,8 @@ defmodule VivaTensor.Job do
   - `:source` - a `.safetensors` or `.gguf` file, a sharded directory with its index, or a
     Hugging Face model directory; required
   - `:to` - the directory to write; required
-  - `:force` - replace `:to` if it exists, and forget what an earlier job left (`false`)
+  - `:force` - replace `:to` if it exists and, without `:resume`, forget what an earlier
+    job left (`false`)
   - `:resume` - go on with what an earlier job left of the same source and recipe, if
     there is any (`false`); see `resume/2`
   - `:memory_limit` - bytes in flight over the units that run at once, input and

@@ -48,7 +48,12 @@ defmodule VivaTensor.Job.QueueTest do
     test = self()
     :ok = Telemetry.attach(id, [[:viva_tensor, :job, :start]], fn _, _, m, _ -> send(test, m) end)
     release_while(fn -> await_all(queue) end)
-    order = for _ <- 1..3, do: assert_receive(%{to: to} when is_binary(to)) && to
+
+    order =
+      for _ <- 1..3 do
+        assert_receive %{to: to} when is_binary(to)
+        to
+      end
 
     assert [{"first", :ended, :ok}, {"low", :ended, :ok}, {"high", :ended, :ok}, failed] =
              states(queue)

@@ -32,7 +32,7 @@ defmodule Mix.Tasks.Viva.Convert do
     * `--threads N` - native threads
     * `--resume` - go on with what an earlier run left of DIR, or begin; refused where
       SOURCE or what is asked for is not what it was
-    * `--force` - replace DIR if it exists, and forget what an earlier run left
+    * `--force` - replace DIR if it exists; without `--resume` also what an earlier run left
     * `--json` - print the report as JSON
 
   ## Examples
