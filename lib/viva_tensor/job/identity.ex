@@ -201,7 +201,9 @@ defmodule VivaTensor.Job.Identity do
   end
 
   defp words(map), do: Map.new(map, fn {key, value} -> {to_string(key), value} end)
-  defp hash(term), do: :crypto.hash(:sha256, :erlang.term_to_binary(term))
+
+  # The keys of a map have another order in every VM, unless asked for.
+  defp hash(term), do: :crypto.hash(:sha256, :erlang.term_to_binary(term, [:deterministic]))
 
   defp show(nil), do: "not given"
   defp show(value) when is_binary(value) or is_atom(value), do: to_string(value)
