@@ -1,7 +1,8 @@
 //! Quantized weights as integers of a byte: what products of integers are made of.
 //!
 //! value = scale · (step − zero) + low, a step being a code or what a table says of
-//! it. Scales and lows belong to blocks, zero to the whole tensor.
+//! it. Scales and lows belong to blocks, zero to the whole tensor. Neighbouring blocks
+//! may have theirs as multiples of units that they share.
 
 /// What a block adds to the values of its steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,6 +26,8 @@ pub struct StepForm {
     /// What is taken from steps.
     pub zero: u8,
     pub lows: Lows,
+    /// Blocks that share units: 1 where there are none.
+    pub shared: usize,
 }
 
 /// A quantized matrix that can be read as steps, row by row.
@@ -35,8 +38,13 @@ pub trait Steps: Sync {
     fn codes(&self, row: usize, out: &mut [u8]);
 
     /// The scales of a row's blocks, and their zero points or biases; `lows` is left
-    /// alone where there are none.
+    /// alone where there are none. Where blocks share units, how many of them: whole
+    /// numbers from −128 to 127.
     fn numbers(&self, row: usize, scales: &mut [f32], lows: &mut [f32]);
+
+    /// The units of a row's scales and biases, which f16 holds as they are; left alone
+    /// where there are none.
+    fn units(&self, _row: usize, _scales: &mut [f32], _lows: &mut [f32]) {}
 }
 
 /// The steps that come nearest to sixteen values between −1 and 1: 128 and 127

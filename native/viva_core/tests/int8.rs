@@ -50,6 +50,15 @@ fn element(x: &[f32], steps: &dyn Steps, row: usize) -> f32 {
     let (mut scales, mut lows) = (vec![0f32; x.len() / block], vec![0f32; x.len() / block]);
     steps.codes(row, &mut codes);
     steps.numbers(row, &mut scales, &mut lows);
+    if form.shared > 1 {
+        let shares = scales.len() / form.shared;
+        let (mut units, mut unit_lows) = (vec![0f32; shares], vec![0f32; shares]);
+        steps.units(row, &mut units, &mut unit_lows);
+        for i in 0..scales.len() {
+            scales[i] *= units[i / form.shared];
+            lows[i] *= unit_lows[i / form.shared];
+        }
+    }
     let step = |code: u8| match form.table {
         Some(table) => i32::from(table[usize::from(code)]),
         None => i32::from(code),

@@ -377,6 +377,7 @@ impl Steps for Decoder<'_> {
             table: Some(nearest_steps(self.table)),
             zero: 128,
             lows: Lows::Nothing,
+            shared: 1,
         }
     }
 

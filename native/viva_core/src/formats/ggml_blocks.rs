@@ -271,6 +271,10 @@ impl<B: Block> Steps for Decoder<'_, B> {
     fn numbers(&self, row: usize, scales: &mut [f32], lows: &mut [f32]) {
         Rows(self.blocks).numbers(row, scales, lows);
     }
+
+    fn units(&self, row: usize, scales: &mut [f32], lows: &mut [f32]) {
+        Rows(self.blocks).units(row, scales, lows);
+    }
 }
 
 struct ValuesOf<'a, B> {

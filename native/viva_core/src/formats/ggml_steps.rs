@@ -14,8 +14,13 @@ pub trait StepBlock {
     /// The codes, in their order.
     fn codes(&self, out: &mut [u8]);
 
-    /// Scales and biases of the sub-blocks.
+    /// Scales and biases of the sub-blocks, in units where these share them.
     fn numbers(&self, scales: &mut [f32], lows: &mut [f32]);
+
+    /// The units of scales and biases.
+    fn units(&self) -> [f32; 2] {
+        [1.0; 2]
+    }
 }
 
 const fn form(block: usize, halves: bool, zero: u8, lows: Lows) -> StepForm {
@@ -25,6 +30,15 @@ const fn form(block: usize, halves: bool, zero: u8, lows: Lows) -> StepForm {
         table: None,
         zero,
         lows,
+        shared: 1,
+    }
+}
+
+/// Sub-blocks of 256 weights, whose scales are whole numbers.
+const fn in_units(form: StepForm) -> StepForm {
+    StepForm {
+        shared: 256 / form.block,
+        ..form
     }
 }
 
@@ -96,7 +110,7 @@ impl StepBlock for Q5_1 {
 }
 
 impl StepBlock for Q6K {
-    const FORM: StepForm = form(16, false, 32, Lows::Nothing);
+    const FORM: StepForm = in_units(form(16, false, 32, Lows::Nothing));
 
     fn codes(&self, out: &mut [u8]) {
         out.copy_from_slice(&unpack_low::<64>(&self.low));
@@ -107,22 +121,29 @@ impl StepBlock for Q6K {
 
     fn numbers(&self, scales: &mut [f32], _lows: &mut [f32]) {
         for (scale, l) in scales.iter_mut().zip(self.scales) {
-            *scale = widened(self.d) * f32::from(l as i8);
+            *scale = f32::from(l as i8);
         }
+    }
+
+    fn units(&self) -> [f32; 2] {
+        [widened(self.d), 1.0]
     }
 }
 
 /// Scales and minima of eight sub-blocks.
 fn pairs(pairs: &Pairs, scales: &mut [f32], lows: &mut [f32]) {
-    let (d, m) = (widened(pairs.d), widened(pairs.m));
-    let integers = unpack_pairs(&pairs.packed);
-    for (i, (l, k)) in integers.iter().zip(&integers[8..]).enumerate() {
-        (scales[i], lows[i]) = (d * f32::from(*l), -(m * f32::from(*k)));
-    }
+    let integers = unpack_pairs(&pairs.packed).map(f32::from);
+    scales.copy_from_slice(&integers[..8]);
+    lows.copy_from_slice(&integers[8..]);
+}
+
+/// Minima are taken from the values of steps.
+fn units(d: [u8; 2], m: [u8; 2]) -> [f32; 2] {
+    [widened(d), -widened(m)]
 }
 
 impl StepBlock for Q5K {
-    const FORM: StepForm = form(32, false, 0, Lows::Biases);
+    const FORM: StepForm = in_units(form(32, false, 0, Lows::Biases));
 
     fn codes(&self, out: &mut [u8]) {
         let mut codes = unpack_low::<32>(&self.low);
@@ -133,10 +154,14 @@ impl StepBlock for Q5K {
     fn numbers(&self, scales: &mut [f32], lows: &mut [f32]) {
         pairs(&self.scales, scales, lows);
     }
+
+    fn units(&self) -> [f32; 2] {
+        units(self.scales.d, self.scales.m)
+    }
 }
 
 impl StepBlock for Q4K {
-    const FORM: StepForm = form(32, true, 0, Lows::Biases);
+    const FORM: StepForm = in_units(form(32, true, 0, Lows::Biases));
 
     fn codes(&self, out: &mut [u8]) {
         out.copy_from_slice(&unpack_low::<32>(&self.codes));
@@ -145,10 +170,14 @@ impl StepBlock for Q4K {
     fn numbers(&self, scales: &mut [f32], lows: &mut [f32]) {
         pairs(&self.scales, scales, lows);
     }
+
+    fn units(&self) -> [f32; 2] {
+        units(self.scales.d, self.scales.m)
+    }
 }
 
 impl StepBlock for Q3K {
-    const FORM: StepForm = form(16, true, 4, Lows::Nothing);
+    const FORM: StepForm = in_units(form(16, true, 4, Lows::Nothing));
 
     fn codes(&self, out: &mut [u8]) {
         let mut codes = unpack_quarters(&self.low, 0);
@@ -158,24 +187,30 @@ impl StepBlock for Q3K {
 
     fn numbers(&self, scales: &mut [f32], _lows: &mut [f32]) {
         for (scale, l) in scales.iter_mut().zip(self.multiples()) {
-            *scale = widened(self.d) * l as f32;
+            *scale = l as f32;
         }
+    }
+
+    fn units(&self) -> [f32; 2] {
+        [widened(self.d), 1.0]
     }
 }
 
 impl StepBlock for Q2K {
-    const FORM: StepForm = form(16, true, 0, Lows::Biases);
+    const FORM: StepForm = in_units(form(16, true, 0, Lows::Biases));
 
     fn codes(&self, out: &mut [u8]) {
         out.copy_from_slice(&unpack_quarters(&self.codes, 0));
     }
 
     fn numbers(&self, scales: &mut [f32], lows: &mut [f32]) {
-        let (d, m) = (widened(self.d), widened(self.m));
         for (i, pair) in self.scales.into_iter().enumerate() {
-            scales[i] = d * f32::from(pair & 15);
-            lows[i] = -(m * f32::from(pair >> 4));
+            (scales[i], lows[i]) = (f32::from(pair & 15), f32::from(pair >> 4));
         }
+    }
+
+    fn units(&self) -> [f32; 2] {
+        units(self.d, self.m)
     }
 }
 
@@ -193,6 +228,7 @@ const fn of_table(block: usize) -> StepForm {
         table: Some(table),
         zero: 128,
         lows: Lows::Nothing,
+        shared: 1,
     }
 }
 
@@ -209,7 +245,7 @@ impl StepBlock for Iq4Nl {
 }
 
 impl StepBlock for Iq4Xs {
-    const FORM: StepForm = of_table(32);
+    const FORM: StepForm = in_units(of_table(32));
 
     fn codes(&self, out: &mut [u8]) {
         let packed = self.codes.as_chunks().0;
@@ -220,8 +256,12 @@ impl StepBlock for Iq4Xs {
 
     fn numbers(&self, scales: &mut [f32], _lows: &mut [f32]) {
         for (scale, l) in scales.iter_mut().zip(self.multiples()) {
-            *scale = widened(self.d) * l as f32;
+            *scale = l as f32;
         }
+    }
+
+    fn units(&self) -> [f32; 2] {
+        [widened(self.d), 1.0]
     }
 }
 
@@ -250,6 +290,13 @@ impl<B: Block> Rows<'_, B> {
             .zip(lows.chunks_exact_mut(each));
         for (block, (scales, lows)) in blocks.iter().zip(numbers) {
             block.numbers(scales, lows);
+        }
+    }
+
+    pub fn units(&self, row: usize, scales: &mut [f32], lows: &mut [f32]) {
+        let blocks = self.row(row, scales.len() * B::TYPE.block_len);
+        for ((block, scale), low) in blocks.iter().zip(scales).zip(lows) {
+            [*scale, *low] = block.units();
         }
     }
 }

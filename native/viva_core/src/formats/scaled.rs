@@ -200,6 +200,7 @@ impl Steps for Decoder<'_> {
             table: Some(E2M1_VALUES.map(|v| (2.0 * v + 12.0) as u8)),
             zero: 12,
             lows: Lows::Nothing,
+            shared: 1,
         }
     }
 

@@ -24,14 +24,15 @@ use crate::format::Quantized;
 use crate::simd::LANES;
 use crate::simd::dispatch;
 use crate::simd::dots;
-use crate::simd::panel::{Expand, Form, Multiply, Number, ROWS, RoundToBytes};
+use crate::simd::form::{Form, ROWS, Scales};
+use crate::simd::panel::{Expand, Multiply, Number, RoundToBytes};
 use crate::steps::Steps;
 use crate::tensor::Tensor;
 
 /// What users call this arithmetic.
 pub const NAME: &str = "int8";
 
-/// Tokens from which on halves are taken apart once for all tiles.
+/// Tokens from which on codes and scales are made ready once for all tiles.
 const APART: usize = 17;
 /// Tokens from which on each task takes some of them, with all weights.
 const BY_TOKENS: usize = 96;
@@ -39,8 +40,6 @@ const BY_TOKENS: usize = 96;
 const TOKENS: usize = 144;
 /// Bytes of panels that a task multiplies with one token, before it lets others run.
 const STRETCH: usize = 1 << 19;
-/// Products that one thread is done with before others would have begun.
-const SMALL: usize = 1 << 20;
 
 /// Where panels come from.
 pub(super) enum Panels<'a> {
@@ -99,10 +98,7 @@ fn multiply(
     let m = x.len() / plan.k;
     let x = &ByGroup { x, k: plan.k };
     let job = Job { x, m, plan, panels };
-    let threads = match m * plan.n * plan.k {
-        ..=SMALL => Threads::Caller,
-        _ => Threads::Pool,
-    };
+    let threads = Threads::for_products(m, (plan.n, plan.k));
     threads.run(|| match (m, panels) {
         // Where panels are made on the way, once for all tokens.
         (BY_TOKENS.., Panels::Packed(_)) if threads == Threads::Pool => {
@@ -162,9 +158,10 @@ impl Job<'_> {
         tiles
     }
 
-    /// Whether halves are taken apart for all tiles of so many tokens.
+    /// Whether codes and scales are made ready for all tiles of so many tokens.
     fn is_apart(&self, tokens: usize) -> bool {
-        self.plan.form.halves && tokens >= APART
+        let form = &self.plan.form;
+        (form.halves || form.scales == Scales::Multiples) && tokens >= APART
     }
 
     /// Each task takes some panels, and all tokens.
@@ -236,11 +233,8 @@ impl Job<'_> {
                 bytes,
             };
         }
-        let form = Form {
-            halves: false,
-            ..plan.form
-        };
-        room.expanded.resize(form.panel(), 0);
+        let form = plan.form.apart();
+        room.expanded.resize(form.panel() / size_of::<f32>(), 0.0);
         dots::dispatch(Expand {
             form: &plan.form,
             table,
@@ -250,7 +244,7 @@ impl Job<'_> {
         Panel {
             form,
             table: None,
-            bytes: &room.expanded,
+            bytes: bytemuck::cast_slice(&room.expanded),
         }
     }
 }
@@ -260,7 +254,7 @@ impl Job<'_> {
 struct Room {
     /// Words, for panels begin at one.
     packed: Vec<u32>,
-    expanded: Vec<u8>,
+    expanded: Vec<f32>,
     row: Scratch,
 }
 

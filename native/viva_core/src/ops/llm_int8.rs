@@ -156,6 +156,7 @@ impl Steps for Weights<'_> {
             table: None,
             zero: 128,
             lows: Lows::Nothing,
+            shared: 1,
         }
     }
 

@@ -35,6 +35,10 @@ pub const BATCH: usize = NARROW;
 /// those of one token with 256 rows of 256.
 const SMALL: usize = 1 << 16;
 
+/// Products that take some milliseconds, and so little that waiting until the pool's
+/// threads wake up is felt.
+const FEW: usize = 1 << 30;
+
 /// What part of the work that the calling thread does alone a product of this shape
 /// is, over rows of k; none where it needs the pool.
 pub fn part_of_small(shape: &[usize], k: usize) -> Option<f32> {
@@ -47,7 +51,11 @@ pub fn part_of_small(shape: &[usize], k: usize) -> Option<f32> {
 impl Threads {
     /// For m rows of x and a matrix `[n, k]`.
     pub(super) fn for_products(m: usize, (n, k): (usize, usize)) -> Threads {
-        part_of_small(&[m, n], k).map_or(Threads::Pool, |_| Threads::Caller)
+        match part_of_small(&[m, n], k) {
+            Some(_) => Threads::Caller,
+            None if m.saturating_mul(n).saturating_mul(k) <= FEW => Threads::CallerToo,
+            None => Threads::Pool,
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::{Cancel, pool};
 use crate::error::{Error, Result};
 use crate::format::{Decode, INPUT_SCALE, Quantized};
-use crate::simd::panel::{Form, LINE, Low, ROWS, Scales};
+use crate::simd::form::{Form, LINE, Low, ROWS, Scales, UNITS};
 use crate::simd::product::Transpose;
 use crate::simd::{LANES, dispatch};
 use crate::steps::{Lows, StepForm, Steps};
@@ -62,7 +62,7 @@ pub fn pack(q: &Quantized, cancel: &Cancel) -> Result<Packed> {
     };
     let decoder = q.spec.format()?.decoder(q)?;
     let (mut plan, steps) = Plan::of(q, &*decoder, "prepack", (n, k))?;
-    if plan.is_of_halves(steps) {
+    if plan.form.scales == Scales::F32 && plan.is_of_halves(steps) {
         plan.form.scales = Scales::F16;
     }
     let mut buffer = Buffer::zeroed(n.div_ceil(ROWS) * plan.form.panel());
@@ -109,6 +109,8 @@ pub(super) struct Scratch {
     padded: Vec<u8>,
     scales: Vec<f32>,
     lows: Vec<f32>,
+    /// Units of scales and of biases.
+    units: [Vec<f32>; 2],
     /// The four bytes that each row has in a line, line after line.
     words: Vec<f32>,
 }
@@ -146,14 +148,20 @@ impl Plan {
             block => block,
         };
         let cuts = block.div_ceil(LONGEST);
+        let groups = k / block * cuts;
+        let (scales, shared) = match form.shared {
+            1 => (Scales::F32, groups.max(1)),
+            shared => (Scales::Multiples, shared),
+        };
         Plan {
             n,
             k,
             form: Form {
-                groups: k / block * cuts,
+                groups,
+                shared,
                 quads: 2 * block.div_ceil(cuts).div_ceil(8),
                 halves: form.halves,
-                scales: Scales::F32,
+                scales,
                 low: match form.lows {
                     Lows::Nothing => Low::Nothing,
                     Lows::ZeroPoints => Low::Zeros,
@@ -198,29 +206,41 @@ impl Plan {
         scratch.scales.resize(blocks, 0.0);
         scratch.lows.resize(blocks, 0.0);
         scratch.words.resize(LANES * stride, 0.0);
-        for at in (0..ROWS).step_by(LANES) {
-            let first = index * ROWS + at;
+        let [unit_scales, unit_lows] = &mut scratch.units;
+        unit_scales.resize(form.groups / form.shared, 0.0);
+        unit_lows.resize(form.groups / form.shared, 0.0);
+        for half in (0..ROWS).step_by(LANES) {
+            let first = index * ROWS + half;
             for (lane, row) in (first..self.n.min(first + LANES)).enumerate() {
                 steps.codes(row, &mut scratch.codes);
                 steps.numbers(row, &mut scratch.scales, &mut scratch.lows);
+                let [unit_scales, unit_lows] = &mut scratch.units;
+                steps.units(row, unit_scales, unit_lows);
                 let padded = scratch.padded.chunks_exact_mut(form.quads * 4);
                 for (group, padded) in padded.enumerate() {
                     let codes = &scratch.codes[self.columns(group)];
                     padded[..codes.len()].copy_from_slice(codes);
                 }
                 self.put_codes(&scratch.padded, &mut scratch.words[lane * stride..]);
-                for (g, group) in panel.chunks_exact_mut(form.group()).enumerate() {
-                    let block = g / self.cuts;
-                    let (scale, low) = (scratch.scales[block], scratch.lows[block]);
-                    self.put_numbers(&mut group[..form.header()], at + lane, scale, low);
+                for group in 0..form.groups {
+                    let block = group / self.cuts;
+                    let numbers = [scratch.scales[block], scratch.lows[block]];
+                    let (units, at) = form.at(group);
+                    let header = &mut panel[at..][..form.header()];
+                    self.put_numbers(header, half + lane, numbers);
+                    if group % form.shared == 0 {
+                        let numbers = scratch.units.each_ref().map(|u| u[group / form.shared]);
+                        put_units(&mut panel[units..][..form.units()], half + lane, numbers);
+                    }
                 }
             }
-            for (g, group) in panel.chunks_exact_mut(form.group()).enumerate() {
+            for group in 0..form.groups {
+                let lines = form.at(group).1 + form.header();
                 dispatch(Transpose {
-                    rows: &scratch.words[g * words..],
+                    rows: &scratch.words[group * words..],
                     stride,
-                    at,
-                    panel: bytemuck::cast_slice_mut(&mut group[form.header()..]),
+                    at: half,
+                    panel: bytemuck::cast_slice_mut(&mut panel[lines..][..form.lines()]),
                 });
             }
         }
@@ -240,12 +260,11 @@ impl Plan {
         }
     }
 
-    fn put_numbers(&self, header: &mut [u8], lane: usize, scale: f32, low: f32) {
+    fn put_numbers(&self, header: &mut [u8], lane: usize, [scale, low]: [f32; 2]) {
         let put = |numbers: &mut [u8], v: f32| match self.form.scales {
-            Scales::F16 => {
-                numbers[2 * lane..][..2].copy_from_slice(&f16::from_f32(v).to_le_bytes());
-            }
+            Scales::F16 => put_half(numbers, lane, v),
             Scales::F32 => numbers[4 * lane..][..4].copy_from_slice(&v.to_le_bytes()),
+            Scales::Multiples => numbers[lane] = v as i8 as u8,
         };
         let (scales, lows) = header.split_at_mut(self.form.numbers());
         put(scales, scale);
@@ -255,4 +274,15 @@ impl Plan {
             Low::Biases => put(lows, low),
         }
     }
+}
+
+/// Writes one row's units.
+fn put_units(units: &mut [u8], lane: usize, numbers: [f32; 2]) {
+    for (units, v) in units.chunks_exact_mut(UNITS).zip(numbers) {
+        put_half(units, lane, v);
+    }
+}
+
+fn put_half(numbers: &mut [u8], lane: usize, v: f32) {
+    numbers[2 * lane..][..2].copy_from_slice(&f16::from_f32(v).to_le_bytes());
 }

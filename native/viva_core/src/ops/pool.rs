@@ -1,6 +1,7 @@
 //! The one thread pool.
 
-use std::sync::{Arc, LazyLock, RwLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, RwLock};
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -9,6 +10,8 @@ use super::Cancel;
 use crate::error::{Error, Result};
 
 static POOL: LazyLock<RwLock<Option<Arc<ThreadPool>>>> = LazyLock::new(|| RwLock::new(None));
+/// Calls that the pool's threads are for at this moment.
+static CALLS: AtomicUsize = AtomicUsize::new(0);
 
 fn build(threads: usize) -> Result<Arc<ThreadPool>> {
     ThreadPoolBuilder::new()
@@ -96,8 +99,31 @@ pub fn threads() -> Result<usize> {
     Ok(pool()?.current_num_threads())
 }
 
+/// One of the calls that are counted.
+struct Call;
+
+impl Call {
+    fn begin() -> Call {
+        CALLS.fetch_add(1, Ordering::Relaxed);
+        Call
+    }
+
+    /// None where there are others.
+    fn begin_alone() -> Option<Call> {
+        let first = CALLS.compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed);
+        first.is_ok().then_some(Call)
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        CALLS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Runs `f` inside the pool; rayon's iterators in it use the pool's threads.
 pub fn run<R: Send>(f: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+    let _call = Call::begin();
     pool()?.install(f)
 }
 
@@ -106,15 +132,23 @@ pub fn run<R: Send>(f: impl FnOnce() -> Result<R> + Send) -> Result<R> {
 pub enum Threads {
     /// Those of the pool.
     Pool,
+    /// Where the pool is idle the calling one, which begins at once, and all of the
+    /// pool's but one, as they wake up: what takes a millisecond would wait for a good
+    /// part of it until they did. Else those of the pool, lest calls be more than cores.
+    CallerToo,
     /// The calling one alone: it is done before others would have begun.
     Caller,
 }
 
 impl Threads {
-    /// Runs `f` where these are.
+    /// Runs `f` where these are, or the first of them.
     pub fn run<R: Send>(self, f: impl FnOnce() -> Result<R> + Send) -> Result<R> {
         match self {
             Threads::Pool => run(f),
+            Threads::CallerToo => match Call::begin_alone() {
+                Some(_call) => f(),
+                None => run(f),
+            },
             Threads::Caller => f(),
         }
     }
@@ -133,7 +167,15 @@ impl Threads {
         work: impl Fn(&mut S, usize, &mut [T]) -> Result<()> + Sync + Send,
     ) -> Result<()> {
         match self {
-            Threads::Pool => {
+            Threads::Caller => {
+                let mut room = room();
+                let mut chunks = out.chunks_mut(size).enumerate();
+                chunks.try_for_each(|(i, chunk)| work(&mut room, i, chunk))
+            }
+            Threads::CallerToo if rayon::current_thread_index().is_none() => {
+                share(out, size, cancel, room, work)
+            }
+            _ => {
                 out.par_chunks_mut(size)
                     .enumerate()
                     .try_for_each_init(room, |room, (i, chunk)| {
@@ -141,11 +183,95 @@ impl Threads {
                         work(room, i, chunk)
                     })
             }
-            Threads::Caller => {
-                let mut room = room();
-                let mut chunks = out.chunks_mut(size).enumerate();
-                chunks.try_for_each(|(i, chunk)| work(&mut room, i, chunk))
+        }
+    }
+}
+
+/// The calling thread takes chunk after chunk, and so do those of the pool but one.
+fn share<T: Send, S>(
+    out: &mut [T],
+    size: usize,
+    cancel: &Cancel,
+    room: impl Fn() -> S + Sync + Send,
+    work: impl Fn(&mut S, usize, &mut [T]) -> Result<()> + Sync + Send,
+) -> Result<()> {
+    let pool = pool()?;
+    let chunks = out.chunks_mut(size);
+    let others = pool
+        .current_num_threads()
+        .min(chunks.len())
+        .saturating_sub(1);
+    let chunks = Mutex::new(chunks.enumerate());
+    let failed = Mutex::new(None);
+    // What panicked with a lock in its hands stops all of them.
+    let next = || chunks.lock().ok()?.next();
+    let take = || {
+        let mut room = room();
+        while let Some((i, chunk)) = next() {
+            if let Err(error) = cancel.check().and_then(|()| work(&mut room, i, chunk)) {
+                *failed.lock().unwrap_or_else(|e| e.into_inner()) = Some(error);
+                // Nobody takes another.
+                if let Ok(mut chunks) = chunks.lock() {
+                    chunks.by_ref().for_each(drop);
+                }
             }
         }
+    };
+    pool.in_place_scope(|scope| {
+        for _ in 0..others {
+            scope.spawn(|_| take());
+        }
+        take();
+    });
+    match failed.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers each chunk, and says who was asked for a room.
+    fn number(out: &mut [u8], size: usize, cancel: &Cancel, most: usize) -> Result<()> {
+        let work = |_: &mut (), i: usize, chunk: &mut [u8]| {
+            chunk.fill(1 + i as u8);
+            match i <= most {
+                true => Ok(()),
+                false => Err(Error::option("chunk", i.to_string())),
+            }
+        };
+        let threads = Threads::CallerToo;
+        threads.run(|| threads.chunks(out, size, cancel, || (), work))
+    }
+
+    #[test]
+    fn each_chunk_is_done_once_whoever_does_it() {
+        let cancel = Cancel::new();
+        for len in [0, 1, 7, 100] {
+            let expected: Vec<u8> = (0..len).map(|i| 1 + (i / 3) as u8).collect();
+            let mut out = vec![0; len];
+            number(&mut out, 3, &cancel, usize::MAX).unwrap();
+            assert_eq!(out, expected);
+            // The pool is not idle here.
+            let mut out = vec![0; len];
+            run(|| number(&mut out, 3, &cancel, usize::MAX)).unwrap();
+            assert_eq!(out, expected);
+        }
+    }
+
+    #[test]
+    fn an_error_ends_the_work() {
+        let mut out = [0u8; 255];
+        let error = number(&mut out, 1, &Cancel::new(), 9).unwrap_err();
+        assert!(error.to_string().contains("chunk"), "{error}");
+        assert!(out[..11].iter().all(|&v| v > 0));
+        assert!(out.contains(&0));
+        let cancel = Cancel::new();
+        cancel.cancel();
+        out.fill(0);
+        assert!(matches!(number(&mut out, 1, &cancel, 9), Err(Error::Cancelled)));
+        assert_eq!(out, [0; 255]);
     }
 }

@@ -13,6 +13,7 @@ pub mod codebook;
 pub mod columns;
 pub mod dot;
 pub mod dots;
+pub mod form;
 pub mod int;
 pub mod limits;
 pub mod memory;

@@ -2,7 +2,8 @@
 //!
 //! A panel holds [`ROWS`] rows of a weight, group after group. A group is a header
 //! with a scale a row, and lines of [`LINE`] bytes: four consecutive columns of
-//! every row, or eight in half bytes, the first four in the low halves. So one
+//! every row, or eight in half bytes, the first four in the low halves. Where groups
+//! share the units of their scales, these come before the first of them. So one
 //! stream runs through a panel, and a line meets the same four activations in all
 //! lanes.
 //!
@@ -16,81 +17,21 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::dots::{BYTES, Dots, DotsOp};
+use super::form::{Form, LINE, Low, Numbers};
 use super::memory::prefetch;
 use super::stats::absmax;
 use super::{Isa, LANES, Op};
 use crate::method::mse::ROUND;
 
-/// Rows of a panel.
-pub const ROWS: usize = 2 * LANES;
-/// Bytes of a line: four a row.
-pub const LINE: usize = 2 * BYTES;
-/// Bytes from a line to the one that is asked for early, as memory's own
-/// prefetchers are late where a row of a matrix is short.
+/// Bytes from a line to the one that is asked for early.
 const AHEAD: usize = 2048;
 
-/// How a scale is stored.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Scales {
-    F16,
-    F32,
-}
-
-/// What a group adds to its steps' values.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Low {
-    Nothing,
-    /// `−scale · zero`, a byte for `zero` in the header.
-    Zeros,
-    /// A number stored as scales are.
-    Biases,
-}
-
-/// How a panel lies in memory.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Form {
-    pub groups: usize,
-    /// Fours of columns in a group: even.
-    pub quads: usize,
-    /// Two codes a byte.
-    pub halves: bool,
-    pub scales: Scales,
-    pub low: Low,
-}
-
-impl Form {
-    /// Bytes of one number for each row.
-    pub fn numbers(&self) -> usize {
-        match self.scales {
-            Scales::F16 => 2 * ROWS,
-            Scales::F32 => 4 * ROWS,
-        }
-    }
-
-    /// Bytes of a group's header.
-    pub fn header(&self) -> usize {
-        let low = match self.low {
-            Low::Nothing => 0,
-            Low::Zeros => ROWS,
-            Low::Biases => self.numbers(),
-        };
-        self.numbers() + low
-    }
-
-    /// Bytes of a group's lines.
-    pub fn lines(&self) -> usize {
-        self.quads * LINE / if self.halves { 2 } else { 1 }
-    }
-
-    /// Bytes of a group.
-    pub fn group(&self) -> usize {
-        self.header() + self.lines()
-    }
-
-    /// Bytes of a panel.
-    pub fn panel(&self) -> usize {
-        self.groups * self.group()
-    }
+/// Whether tiles of so many tokens ask for lines early. With one token, lines follow
+/// each other at the rate of memory, and its own prefetchers keep more of them on
+/// their way than can be asked for; with a few they fall behind; with more, lines come
+/// from a cache.
+const fn is_early(tokens: usize) -> bool {
+    tokens > 1 && tokens <= 8
 }
 
 /// What one group of one token's activations is multiplied by.
@@ -190,137 +131,126 @@ impl Multiply<'_> {
         for out in &mut *out {
             out[vector..vector + V].fill([0.0; LANES]);
         }
+        // One token's sums stay in registers, where the next does not wait for a store.
+        // Those of more tokens would push out sums of integers.
+        let mut kept = [isa.splat(0.0); V];
         let (x, _) = self.codes.as_chunks::<T>();
         let (numbers, _) = self.numbers.as_chunks::<T>();
-        let groups = self.panel.chunks_exact(form.group());
-        let x = x.chunks_exact(form.quads);
-        for ((group, x), numbers) in groups.zip(x).zip(numbers) {
-            let (header, lines) = group.split_at(form.header());
-            let (lines, _) = lines.as_chunks::<LINE>();
-            let numbers = &numbers[token..token + R];
-            let mut sums = [[[isa.splat_u(0); V]; R]; S];
-            for (sums, number) in sums[0].iter_mut().zip(numbers) {
-                *sums = [isa.splat_u((number.start + I::LESS * number.codes) as u32); V];
-            }
-            if KIND == STEP {
-                let (turns, rest) = lines.as_chunks::<S>();
-                let (x, x_rest) = x.as_chunks::<S>();
-                for (lines, x) in turns.iter().zip(x) {
-                    for s in 0..S {
-                        let w = load_line::<I, V>(isa, &lines[s][vector * BYTES..], R <= 8);
-                        add::<I, R, V>(isa, w, &x[s][token..], &mut sums[s]);
-                    }
-                }
-                for (line, x) in rest.iter().zip(x_rest) {
-                    let w = load_line::<I, V>(isa, &line[vector * BYTES..], R <= 8);
-                    add::<I, R, V>(isa, w, &x[token..], &mut sums[0]);
-                }
-            } else {
-                let (x, _) = x.as_chunks::<2>();
-                for (line, x) in lines.iter().zip(x) {
-                    let w = load_line::<I, V>(isa, &line[vector * BYTES..], true);
-                    let (mut low, mut high) = (w, w);
-                    for v in 0..V {
-                        low[v] = isa.low_halves(w[v]);
-                        high[v] = isa.high_halves(w[v]);
-                        if KIND == HALVES_OF_TABLE {
-                            low[v] = isa.lookup_bytes(table, low[v]);
-                            high[v] = isa.lookup_bytes(table, high[v]);
-                        }
-                    }
-                    add::<I, R, V>(isa, low, &x[0][token..], &mut sums[0]);
-                    add::<I, R, V>(isa, high, &x[1][token..], &mut sums[1 % S]);
+        let shares = self.panel.chunks_exact(form.share());
+        let x = x.chunks_exact(form.shared * form.quads);
+        for ((share, x), numbers) in shares.zip(x).zip(numbers.chunks_exact(form.shared)) {
+            let (units, groups) = share.split_at(form.units());
+            let units = form.load_units::<I, V>(isa, units, vector);
+            let groups = groups.chunks_exact(form.group());
+            for ((group, x), numbers) in groups.zip(x.chunks_exact(form.quads)).zip(numbers) {
+                let (header, lines) = group.split_at(form.header());
+                let numbers = &numbers[token..token + R];
+                let at = (token, vector);
+                let sums = sums::<I, T, R, V, S, KIND>(isa, table, lines, x, numbers, at);
+                let of = form.load_numbers(isa, units, header, vector);
+                let (kept, out) = (&mut kept, &mut *out);
+                if form.low == Low::Nothing {
+                    add_up::<I, R, V, false>(isa, sums, of, numbers, vector, kept, out);
+                } else {
+                    add_up::<I, R, V, true>(isa, sums, of, numbers, vector, kept, out);
                 }
             }
-            for s in 1..S {
-                for r in 0..R {
-                    for v in 0..V {
-                        sums[0][r][v] = isa.add_u(sums[0][r][v], sums[s][r][v]);
-                    }
-                }
-            }
-            let header = Header {
-                form,
-                bytes: header,
-                vector,
-            };
-            let scales = header.scales::<I, V>(isa);
-            let lows = header.lows::<I, V>(isa, scales);
-            // Two loops without a condition in them: only then are both unrolled, and
-            // the sums stay in registers.
-            for r in 0..R {
-                let scale = isa.splat(numbers[r].scale);
-                for v in 0..V {
-                    let by = isa.mul(scales[v], scale);
-                    let out = &mut out[r][vector + v];
-                    isa.store(
-                        isa.fused(by, isa.int_to_float(sums[0][r][v]), isa.load(out)),
-                        out,
-                    );
-                }
-            }
-            if let Some(lows) = lows {
-                for r in 0..R {
-                    let sum = isa.splat(numbers[r].sum);
-                    for v in 0..V {
-                        let out = &mut out[r][vector + v];
-                        isa.store(isa.fused(lows[v], sum, isa.load(out)), out);
-                    }
-                }
+        }
+        if R == 1 {
+            for v in 0..V {
+                isa.store(kept[v], &mut out[0][vector + v]);
             }
         }
     }
 }
 
-/// The numbers of a group's rows, from one vector on.
-struct Header<'a> {
-    form: &'a Form,
-    bytes: &'a [u8],
+/// A group's sums of products, from that token and vector of rows on.
+#[inline(always)]
+fn sums<I: Dots, const T: usize, const R: usize, const V: usize, const S: usize, const KIND: u8>(
+    isa: I,
+    table: I::B,
+    lines: &[u8],
+    x: &[[[i8; 4]; T]],
+    numbers: &[Number],
+    (token, vector): (usize, usize),
+) -> [[I::U; V]; R] {
+    let (lines, _) = lines.as_chunks::<LINE>();
+    let mut sums = [[[isa.splat_u(0); V]; R]; S];
+    for (sums, number) in sums[0].iter_mut().zip(numbers) {
+        *sums = [isa.splat_u((number.start + I::LESS * number.codes) as u32); V];
+    }
+    if KIND == STEP {
+        let (turns, rest) = lines.as_chunks::<S>();
+        let (x, x_rest) = x.as_chunks::<S>();
+        for (lines, x) in turns.iter().zip(x) {
+            for s in 0..S {
+                let w = load_line::<I, V>(isa, &lines[s][vector * BYTES..], is_early(R));
+                add::<I, R, V>(isa, w, &x[s][token..], &mut sums[s]);
+            }
+        }
+        for (line, x) in rest.iter().zip(x_rest) {
+            let w = load_line::<I, V>(isa, &line[vector * BYTES..], is_early(R));
+            add::<I, R, V>(isa, w, &x[token..], &mut sums[0]);
+        }
+    } else {
+        let (x, _) = x.as_chunks::<2>();
+        // Two lines a turn, where there are as many: a turn costs as much as a product.
+        let (turns, rest) = lines.as_chunks::<2>();
+        let (x, x_rest) = x.as_chunks::<2>();
+        for (lines, x) in turns.iter().zip(x) {
+            for i in 0..2 {
+                let x = [&x[i][0][token..], &x[i][1][token..]];
+                add_halves::<I, R, V, S, KIND>(
+                    isa,
+                    table,
+                    &lines[i][vector * BYTES..],
+                    x,
+                    &mut sums,
+                );
+            }
+        }
+        for (line, x) in rest.iter().zip(x_rest) {
+            let x = [&x[0][token..], &x[1][token..]];
+            add_halves::<I, R, V, S, KIND>(isa, table, &line[vector * BYTES..], x, &mut sums);
+        }
+    }
+    for s in 1..S {
+        for r in 0..R {
+            for v in 0..V {
+                sums[0][r][v] = isa.add_u(sums[0][r][v], sums[s][r][v]);
+            }
+        }
+    }
+    sums[0]
+}
+
+/// Adds a group's sums to the results, of one token in `kept`, else in `out`. No
+/// condition in these loops: only then are they unrolled, and sums stay in registers.
+#[inline(always)]
+fn add_up<I: Dots, const R: usize, const V: usize, const LOWS: bool>(
+    isa: I,
+    sums: [[I::U; V]; R],
+    of: Numbers<I::F, V>,
+    numbers: &[Number],
     vector: usize,
-}
-
-impl Header<'_> {
-    #[inline(always)]
-    fn numbers<I: Dots, const V: usize>(&self, isa: I, bytes: &[u8]) -> [I::F; V] {
-        let mut numbers = [isa.splat(0.0); V];
-        match self.form.scales {
-            Scales::F16 => {
-                let halves = &bytes.as_chunks().0[self.vector..self.vector + V];
-                for v in 0..V {
-                    numbers[v] = isa.load_f16(&halves[v]);
-                }
+    kept: &mut [I::F; V],
+    out: &mut [[[f32; LANES]; 2]],
+) {
+    for r in 0..R {
+        let (scale, codes) = (isa.splat(numbers[r].scale), isa.splat(numbers[r].sum));
+        for v in 0..V {
+            let by = isa.mul(of.scales[v], scale);
+            let out = &mut out[r][vector + v];
+            let before = if R == 1 { kept[v] } else { isa.load(out) };
+            let mut sum = isa.fused(by, isa.int_to_float(sums[r][v]), before);
+            if LOWS {
+                sum = isa.fused(of.lows[v], codes, sum);
             }
-            Scales::F32 => {
-                let words = &bytes.as_chunks().0[self.vector..self.vector + V];
-                for v in 0..V {
-                    numbers[v] = isa.floats(isa.load_u32(&words[v]));
-                }
+            if R == 1 {
+                kept[v] = sum;
+            } else {
+                isa.store(sum, out);
             }
-        }
-        numbers
-    }
-
-    #[inline(always)]
-    fn scales<I: Dots, const V: usize>(&self, isa: I) -> [I::F; V] {
-        self.numbers(isa, &self.bytes[..self.form.numbers()])
-    }
-
-    /// What is added to the values of steps.
-    #[inline(always)]
-    fn lows<I: Dots, const V: usize>(&self, isa: I, scales: [I::F; V]) -> Option<[I::F; V]> {
-        let bytes = &self.bytes[self.form.numbers()..];
-        match self.form.low {
-            Low::Nothing => None,
-            Low::Zeros => {
-                let mut lows = scales;
-                let zeros = &bytes.as_chunks().0[self.vector..self.vector + V];
-                for v in 0..V {
-                    let zeros = isa.int_to_float(isa.load_u8(&zeros[v]));
-                    lows[v] = isa.sub(isa.splat(0.0), isa.mul(scales[v], zeros));
-                }
-                Some(lows)
-            }
-            Low::Biases => Some(self.numbers(isa, bytes)),
         }
     }
 }
@@ -339,6 +269,29 @@ fn load_line<I: Dots, const V: usize>(isa: I, line: &[u8], early: bool) -> [I::B
     w
 }
 
+/// Adds products with eight activations of each token.
+#[inline(always)]
+fn add_halves<I: Dots, const R: usize, const V: usize, const S: usize, const KIND: u8>(
+    isa: I,
+    table: I::B,
+    line: &[u8],
+    x: [&[[i8; 4]]; 2],
+    sums: &mut [[[I::U; V]; R]; S],
+) {
+    let w = load_line::<I, V>(isa, line, is_early(R));
+    let (mut low, mut high) = (w, w);
+    for v in 0..V {
+        low[v] = isa.low_halves(w[v]);
+        high[v] = isa.high_halves(w[v]);
+        if KIND == HALVES_OF_TABLE {
+            low[v] = isa.lookup_bytes(table, low[v]);
+            high[v] = isa.lookup_bytes(table, high[v]);
+        }
+    }
+    add::<I, R, V>(isa, low, x[0], &mut sums[0]);
+    add::<I, R, V>(isa, high, x[1], &mut sums[1 % S]);
+}
+
 /// Adds products with four activations of each token.
 #[inline(always)]
 fn add<I: Dots, const R: usize, const V: usize>(
@@ -355,12 +308,13 @@ fn add<I: Dots, const R: usize, const V: usize>(
     }
 }
 
-/// A panel of half bytes as one of whole steps.
+/// A panel as one of whole steps under ready scales and biases, as [`Form::apart`]
+/// says.
 pub struct Expand<'a> {
     pub form: &'a Form,
     pub table: Option<&'a [u8; 16]>,
     pub panel: &'a [u8],
-    pub out: &'a mut [u8],
+    pub out: &'a mut [f32],
 }
 
 impl DotsOp for Expand<'_> {
@@ -368,34 +322,53 @@ impl DotsOp for Expand<'_> {
 
     #[inline(always)]
     fn run<I: Dots>(self, isa: I) {
-        let whole = Form {
-            halves: false,
-            ..*self.form
-        };
+        let (form, apart) = (self.form, self.form.apart());
         let table = self.table.map(|table| isa.load_table(table));
-        let groups = self.panel.chunks_exact(self.form.group());
-        for (group, out) in groups.zip(self.out.chunks_exact_mut(whole.group())) {
-            let (header, lines) = group.split_at(self.form.header());
-            let (out_header, out) = out.split_at_mut(header.len());
-            out_header.copy_from_slice(header);
-            let (out, _) = out.as_chunks_mut::<{ 2 * LINE }>();
-            for (line, out) in lines.as_chunks::<LINE>().0.iter().zip(out) {
-                let (low, high) = out.split_at_mut(LINE);
-                let (low, _) = low.as_chunks_mut::<BYTES>();
-                let (high, _) = high.as_chunks_mut::<BYTES>();
-                for ((w, low), high) in line.as_chunks().0.iter().zip(low).zip(high) {
-                    let w = isa.load_bytes(w);
-                    let mut halves = [isa.low_halves(w), isa.high_halves(w)];
-                    if let Some(table) = table {
-                        halves = [
-                            isa.lookup_bytes(table, halves[0]),
-                            isa.lookup_bytes(table, halves[1]),
-                        ];
+        let mut outs = self.out.chunks_exact_mut(apart.group() / size_of::<f32>());
+        for share in self.panel.chunks_exact(form.share()) {
+            let (units, groups) = share.split_at(form.units());
+            let units = form.load_units::<I, 2>(isa, units, 0);
+            for (group, out) in groups.chunks_exact(form.group()).zip(&mut outs) {
+                let (header, lines) = group.split_at(form.header());
+                let numbers = form.load_numbers(isa, units, header, 0);
+                let (header, out) = out.split_at_mut(apart.header() / size_of::<f32>());
+                let (header, _) = header.as_chunks_mut();
+                for v in 0..2 {
+                    isa.store(numbers.scales[v], &mut header[v]);
+                    if form.low != Low::Nothing {
+                        isa.store(numbers.lows[v], &mut header[2 + v]);
                     }
-                    isa.store_bytes(halves[0], low);
-                    isa.store_bytes(halves[1], high);
+                }
+                let out: &mut [u8] = bytemuck::cast_slice_mut(out);
+                if form.halves {
+                    take_apart(isa, table, lines, out);
+                } else {
+                    out.copy_from_slice(lines);
                 }
             }
+        }
+    }
+}
+
+/// Lines of half bytes as twice as many of steps.
+#[inline(always)]
+fn take_apart<I: Dots>(isa: I, table: Option<I::B>, lines: &[u8], out: &mut [u8]) {
+    let (out, _) = out.as_chunks_mut::<{ 2 * LINE }>();
+    for (line, out) in lines.as_chunks::<LINE>().0.iter().zip(out) {
+        let (low, high) = out.split_at_mut(LINE);
+        let (low, _) = low.as_chunks_mut::<BYTES>();
+        let (high, _) = high.as_chunks_mut::<BYTES>();
+        for ((w, low), high) in line.as_chunks().0.iter().zip(low).zip(high) {
+            let w = isa.load_bytes(w);
+            let mut halves = [isa.low_halves(w), isa.high_halves(w)];
+            if let Some(table) = table {
+                halves = [
+                    isa.lookup_bytes(table, halves[0]),
+                    isa.lookup_bytes(table, halves[1]),
+                ];
+            }
+            isa.store_bytes(halves[0], low);
+            isa.store_bytes(halves[1], high);
         }
     }
 }

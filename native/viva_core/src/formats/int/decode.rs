@@ -145,6 +145,7 @@ impl Steps for Decoder<'_> {
                 (Some(_), None) => Lows::ZeroPoints,
                 (None, None) => Lows::Nothing,
             },
+            shared: 1,
         }
     }
 
