@@ -25,7 +25,7 @@ use crate::simd::LANES;
 use crate::simd::dispatch;
 use crate::simd::dots;
 use crate::simd::form::{Form, ROWS, Scales};
-use crate::simd::panel::{Expand, Multiply, Number, RoundToBytes};
+use crate::simd::panel::{Expand, LONG, Multiply, Number, RoundToBytes};
 use crate::steps::Steps;
 use crate::tensor::Tensor;
 
@@ -141,14 +141,18 @@ pub(super) struct Job<'a> {
 impl Job<'_> {
     /// The tiles of those tokens.
     fn tiles(&self, tokens: Range<usize>) -> Vec<Tile> {
-        let apart = self.is_apart(tokens.len());
+        let form = self.plan.form;
+        let form = match self.is_apart(tokens.len()) {
+            true => form.apart(),
+            false => form,
+        };
         let mut tiles = Vec::new();
         let mut first = tokens.start;
         while first < tokens.end {
             let width = match tokens.end - first {
                 1 => 1,
                 2..=4 => 4,
-                9.. if apart || !self.plan.form.halves => 12,
+                9.. if form.quads >= LONG && !form.halves => 12,
                 _ => 8,
             };
             let rows = first..tokens.end.min(first + width);

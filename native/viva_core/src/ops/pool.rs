@@ -271,7 +271,10 @@ mod tests {
         let cancel = Cancel::new();
         cancel.cancel();
         out.fill(0);
-        assert!(matches!(number(&mut out, 1, &cancel, 9), Err(Error::Cancelled)));
+        assert!(matches!(
+            number(&mut out, 1, &cancel, 9),
+            Err(Error::Cancelled)
+        ));
         assert_eq!(out, [0; 255]);
     }
 }

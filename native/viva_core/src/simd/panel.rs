@@ -17,14 +17,18 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::dots::{BYTES, Dots, DotsOp};
-use super::form::{Form, LINE, Low, Numbers};
+use super::form::{Form, LINE, Low, Numbers, Units};
 use super::memory::prefetch;
 use super::stats::absmax;
 use super::{Isa, LANES, Op};
 use crate::method::mse::ROUND;
 
 /// Bytes from a line to the one that is asked for early.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 4096;
+
+/// Fours of columns from which on a group is long: that lines are met once by all rows
+/// is worth more than results in registers.
+pub const LONG: usize = 32;
 
 /// Whether tiles of so many tokens ask for lines early. With one token, lines follow
 /// each other at the rate of memory, and its own prefetchers keep more of them on
@@ -82,41 +86,45 @@ impl Multiply<'_> {
     #[inline(always)]
     fn tiles<I: Dots, const KIND: u8>(self, isa: I) {
         let wide = I::ACCUMULATORS >= 24;
+        let long = self.form.quads >= LONG;
         match self.out.len() {
-            1 => self.tile::<I, 1, 1, 2, 2, KIND>(isa, 0, 0),
-            4 if wide => self.tile::<I, 4, 4, 2, 2, KIND>(isa, 0, 0),
-            8 if wide => self.tile::<I, 8, 8, 2, 1, KIND>(isa, 0, 0),
-            // Bytes only: with more tokens halves are taken apart beforehand.
-            12 if wide && KIND == STEP => self.tile::<I, 12, 12, 2, 1, STEP>(isa, 0, 0),
-            4 => self.narrow::<I, 4, KIND>(isa),
-            8 => self.narrow::<I, 8, KIND>(isa),
-            12 if KIND == STEP => self.narrow::<I, 12, STEP>(isa),
-            _ => unreachable!("tiles are of 1, 4, 8 or, of whole steps, 12 tokens"),
+            1 => self.tile::<I, 1, 1, 2, 1, 2, KIND>(isa, 0, 0),
+            4 if wide => self.tile::<I, 4, 4, 2, 1, 2, KIND>(isa, 0, 0),
+            8 if wide && long => self.tile::<I, 8, 8, 2, 1, 1, KIND>(isa, 0, 0),
+            8 if wide => self.tile::<I, 8, 8, 1, 2, 1, KIND>(isa, 0, 0),
+            12 if wide && KIND == STEP => self.tile::<I, 12, 12, 2, 1, 1, STEP>(isa, 0, 0),
+            4 => self.apart::<I, 4, 4, KIND>(isa),
+            8 => self.apart::<I, 8, 4, KIND>(isa),
+            12 if KIND == STEP => self.apart::<I, 12, 4, STEP>(isa),
+            _ => unreachable!("tiles are of 1, 4, 8 or, of long groups of whole steps, 12 tokens"),
         }
     }
 
-    /// Where registers are few.
+    /// One vector of rows after the other, of `R` tokens at a time.
     #[inline(always)]
-    fn narrow<I: Dots, const T: usize, const KIND: u8>(self, isa: I) {
-        for token in (0..T).step_by(4) {
+    fn apart<I: Dots, const T: usize, const R: usize, const KIND: u8>(self, isa: I) {
+        for token in (0..T).step_by(R) {
             for vector in 0..2 {
                 let part = Multiply {
                     out: &mut *self.out,
                     ..self
                 };
-                part.tile::<I, T, 4, 1, 1, KIND>(isa, token, vector);
+                part.tile::<I, T, R, 1, 1, 1, KIND>(isa, token, vector);
             }
         }
     }
 
-    /// Of `T` tokens `R`, and `V` vectors of rows, in `S` sums each that take
-    /// turns, for one addition waits for the last.
+    /// Of `T` tokens `R`, from that one on, and from that vector of rows on `V` at a
+    /// time, `P` times for each group. Products are added up in `S` sums that take turns,
+    /// for one addition waits for the last. Registers hold the results and the sums of
+    /// one time; where groups are long the results may be elsewhere.
     #[inline(always)]
     fn tile<
         I: Dots,
         const T: usize,
         const R: usize,
         const V: usize,
+        const P: usize,
         const S: usize,
         const KIND: u8,
     >(
@@ -127,130 +135,160 @@ impl Multiply<'_> {
     ) {
         let form = self.form;
         let table = isa.load_table(self.table.unwrap_or(&[0; 16]));
-        let out = &mut self.out[token..token + R];
-        for out in &mut *out {
-            out[vector..vector + V].fill([0.0; LANES]);
-        }
-        // One token's sums stay in registers, where the next does not wait for a store.
-        // Those of more tokens would push out sums of integers.
-        let mut kept = [isa.splat(0.0); V];
+        let mut results = [[[isa.splat(0.0); V]; R]; P];
         let (x, _) = self.codes.as_chunks::<T>();
         let (numbers, _) = self.numbers.as_chunks::<T>();
         let shares = self.panel.chunks_exact(form.share());
         let x = x.chunks_exact(form.shared * form.quads);
         for ((share, x), numbers) in shares.zip(x).zip(numbers.chunks_exact(form.shared)) {
             let (units, groups) = share.split_at(form.units());
-            let units = form.load_units::<I, V>(isa, units, vector);
+            let mut of = [form.load_units::<I, V>(isa, units, vector); P];
+            if P == 2 {
+                of[1] = form.load_units(isa, units, vector + V);
+            }
             let groups = groups.chunks_exact(form.group());
             for ((group, x), numbers) in groups.zip(x.chunks_exact(form.quads)).zip(numbers) {
-                let (header, lines) = group.split_at(form.header());
                 let numbers = &numbers[token..token + R];
-                let at = (token, vector);
-                let sums = sums::<I, T, R, V, S, KIND>(isa, table, lines, x, numbers, at);
-                let of = form.load_numbers(isa, units, header, vector);
-                let (kept, out) = (&mut kept, &mut *out);
-                if form.low == Low::Nothing {
-                    add_up::<I, R, V, false>(isa, sums, of, numbers, vector, kept, out);
-                } else {
-                    add_up::<I, R, V, true>(isa, sums, of, numbers, vector, kept, out);
+                // Not a loop, for the results to stay in registers.
+                let group = Group {
+                    form,
+                    table,
+                    group,
+                    x,
+                    numbers,
+                    token,
+                };
+                group.add_to::<V, S, KIND>(isa, of[0], vector, &mut results[0]);
+                if P == 2 {
+                    group.add_to::<V, S, KIND>(isa, of[1], vector + V, &mut results[1]);
                 }
             }
         }
-        if R == 1 {
-            for v in 0..V {
-                isa.store(kept[v], &mut out[0][vector + v]);
+        let out = &mut self.out[token..token + R];
+        for r in 0..R {
+            for p in 0..P {
+                for v in 0..V {
+                    isa.store(results[p][r][v], &mut out[r][vector + p * V + v]);
+                }
             }
         }
     }
 }
 
-/// A group's sums of products, from that token and vector of rows on.
-#[inline(always)]
-fn sums<I: Dots, const T: usize, const R: usize, const V: usize, const S: usize, const KIND: u8>(
-    isa: I,
+/// One group's lines, and `R` of the `T` tokens that meet them.
+struct Group<'a, I: Dots, const T: usize, const R: usize> {
+    form: &'a Form,
     table: I::B,
-    lines: &[u8],
-    x: &[[[i8; 4]; T]],
-    numbers: &[Number],
-    (token, vector): (usize, usize),
-) -> [[I::U; V]; R] {
-    let (lines, _) = lines.as_chunks::<LINE>();
-    let mut sums = [[[isa.splat_u(0); V]; R]; S];
-    for (sums, number) in sums[0].iter_mut().zip(numbers) {
-        *sums = [isa.splat_u((number.start + I::LESS * number.codes) as u32); V];
+    group: &'a [u8],
+    x: &'a [[[i8; 4]; T]],
+    numbers: &'a [Number],
+    token: usize,
+}
+
+impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
+    /// Adds what the group gives those vectors of rows.
+    #[inline(always)]
+    fn add_to<const V: usize, const S: usize, const KIND: u8>(
+        &self,
+        isa: I,
+        units: Units<I::F, V>,
+        vector: usize,
+        results: &mut [[I::F; V]; R],
+    ) {
+        let (header, lines) = self.group.split_at(self.form.header());
+        let sums = self.sums::<V, S, KIND>(isa, lines, vector);
+        let of = self.form.load_numbers(isa, units, header, vector);
+        if self.form.low == Low::Nothing {
+            add_up::<I, R, V, false>(isa, sums, of, self.numbers, results);
+        } else {
+            add_up::<I, R, V, true>(isa, sums, of, self.numbers, results);
+        }
     }
-    if KIND == STEP {
-        let (turns, rest) = lines.as_chunks::<S>();
-        let (x, x_rest) = x.as_chunks::<S>();
-        for (lines, x) in turns.iter().zip(x) {
-            for s in 0..S {
-                let w = load_line::<I, V>(isa, &lines[s][vector * BYTES..], is_early(R));
-                add::<I, R, V>(isa, w, &x[s][token..], &mut sums[s]);
+
+    /// The sums of its products.
+    #[inline(always)]
+    fn sums<const V: usize, const S: usize, const KIND: u8>(
+        &self,
+        isa: I,
+        lines: &[u8],
+        vector: usize,
+    ) -> [[I::U; V]; R] {
+        let (lines, _) = lines.as_chunks::<LINE>();
+        let mut sums = [[[isa.splat_u(0); V]; R]; S];
+        for (sums, number) in sums[0].iter_mut().zip(self.numbers) {
+            *sums = [isa.splat_u((number.start + I::LESS * number.codes) as u32); V];
+        }
+        if KIND == STEP {
+            let (turns, rest) = lines.as_chunks::<S>();
+            let (x, x_rest) = self.x.as_chunks::<S>();
+            for (lines, x) in turns.iter().zip(x) {
+                for s in 0..S {
+                    let w = load_line::<I, V>(isa, &lines[s][vector * BYTES..], is_early(R));
+                    add::<I, R, V>(isa, w, &x[s][self.token..], &mut sums[s]);
+                }
             }
-        }
-        for (line, x) in rest.iter().zip(x_rest) {
-            let w = load_line::<I, V>(isa, &line[vector * BYTES..], is_early(R));
-            add::<I, R, V>(isa, w, &x[token..], &mut sums[0]);
-        }
-    } else {
-        let (x, _) = x.as_chunks::<2>();
-        // Two lines a turn, where there are as many: a turn costs as much as a product.
-        let (turns, rest) = lines.as_chunks::<2>();
-        let (x, x_rest) = x.as_chunks::<2>();
-        for (lines, x) in turns.iter().zip(x) {
-            for i in 0..2 {
-                let x = [&x[i][0][token..], &x[i][1][token..]];
+            for (line, x) in rest.iter().zip(x_rest) {
+                let w = load_line::<I, V>(isa, &line[vector * BYTES..], is_early(R));
+                add::<I, R, V>(isa, w, &x[self.token..], &mut sums[0]);
+            }
+        } else {
+            let (x, _) = self.x.as_chunks::<2>();
+            // Two lines a turn, where there are as many: a turn costs as much as a product.
+            let (turns, rest) = lines.as_chunks::<2>();
+            let (x, x_rest) = x.as_chunks::<2>();
+            for (lines, x) in turns.iter().zip(x) {
+                for i in 0..2 {
+                    let x = [&x[i][0][self.token..], &x[i][1][self.token..]];
+                    add_halves::<I, R, V, S, KIND>(
+                        isa,
+                        self.table,
+                        &lines[i][vector * BYTES..],
+                        x,
+                        &mut sums,
+                    );
+                }
+            }
+            for (line, x) in rest.iter().zip(x_rest) {
+                let x = [&x[0][self.token..], &x[1][self.token..]];
                 add_halves::<I, R, V, S, KIND>(
                     isa,
-                    table,
-                    &lines[i][vector * BYTES..],
+                    self.table,
+                    &line[vector * BYTES..],
                     x,
                     &mut sums,
                 );
             }
         }
-        for (line, x) in rest.iter().zip(x_rest) {
-            let x = [&x[0][token..], &x[1][token..]];
-            add_halves::<I, R, V, S, KIND>(isa, table, &line[vector * BYTES..], x, &mut sums);
-        }
-    }
-    for s in 1..S {
-        for r in 0..R {
-            for v in 0..V {
-                sums[0][r][v] = isa.add_u(sums[0][r][v], sums[s][r][v]);
+        for s in 1..S {
+            for r in 0..R {
+                for v in 0..V {
+                    sums[0][r][v] = isa.add_u(sums[0][r][v], sums[s][r][v]);
+                }
             }
         }
+        sums[0]
     }
-    sums[0]
 }
 
-/// Adds a group's sums to the results, of one token in `kept`, else in `out`. No
-/// condition in these loops: only then are they unrolled, and sums stay in registers.
+/// Adds a group's sums to the results. No condition in these loops: only then are they
+/// unrolled, and sums and results stay in registers.
 #[inline(always)]
 fn add_up<I: Dots, const R: usize, const V: usize, const LOWS: bool>(
     isa: I,
     sums: [[I::U; V]; R],
     of: Numbers<I::F, V>,
     numbers: &[Number],
-    vector: usize,
-    kept: &mut [I::F; V],
-    out: &mut [[[f32; LANES]; 2]],
+    results: &mut [[I::F; V]; R],
 ) {
     for r in 0..R {
         let (scale, codes) = (isa.splat(numbers[r].scale), isa.splat(numbers[r].sum));
         for v in 0..V {
             let by = isa.mul(of.scales[v], scale);
-            let out = &mut out[r][vector + v];
-            let before = if R == 1 { kept[v] } else { isa.load(out) };
-            let mut sum = isa.fused(by, isa.int_to_float(sums[r][v]), before);
+            let mut sum = isa.fused(by, isa.int_to_float(sums[r][v]), results[r][v]);
             if LOWS {
                 sum = isa.fused(of.lows[v], codes, sum);
             }
-            if R == 1 {
-                kept[v] = sum;
-            } else {
-                isa.store(sum, out);
-            }
+            results[r][v] = sum;
         }
     }
 }
