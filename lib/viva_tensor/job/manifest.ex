@@ -48,6 +48,7 @@ defmodule VivaTensor.Job.Manifest do
       iex> {:ok, [], at} = Manifest.decode(binary_part(bytes, 0, byte_size(bytes) - 1))
       iex> at == byte_size(Manifest.head())
       true
+      iex> {:ok, [_kept], _at} = Manifest.decode(bytes <> <<0::128>>)
   """
   @spec encode([tuple]) :: iodata
   def encode(records) do
@@ -83,7 +84,9 @@ defmodule VivaTensor.Job.Manifest do
   def decode(_bytes), do: :error
 
   defp records(<<size::32, crc::32, term::binary-size(size), rest::binary>>, at, found) do
-    if :erlang.crc32(term) == crc do
+    # Nothing, and the checksum of nothing, are zeros: what a file has where it was never
+    # written.
+    if size > 0 and :erlang.crc32(term) == crc do
       records(rest, at + 8 + size, [:erlang.binary_to_term(term) | found])
     else
       {:ok, Enum.reverse(found), at}

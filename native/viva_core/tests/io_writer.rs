@@ -406,6 +406,8 @@ fn what_is_recorded_outlives_whoever_wrote_it() {
     shard.write("x", b"abc").unwrap();
     first.recorder().record(&[&shard], 0, b"one, torn").unwrap();
     first.recorder().record(&[&shard], 5, b"two").unwrap();
+    // Late, of a worker that was killed: what came after it stays.
+    first.recorder().record(&[], 0, b"one, ").unwrap();
     let path = first.path().to_path_buf();
     let recorder = first.recorder();
     drop((shard, first));

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -47,8 +47,15 @@ pub struct OutputDir {
     /// Parents of the target that were missing, innermost first.
     made_parents: Vec<PathBuf>,
     found: Found,
-    /// The open directory, which holds the lock.
-    lock: Arc<File>,
+    lock: Arc<Lock>,
+}
+
+/// The open directory, which is locked while this lives.
+#[derive(Debug)]
+struct Lock {
+    _directory: File,
+    /// Held by who writes to the manifest.
+    manifest: Mutex<()>,
 }
 
 /// Appends to the manifest of an output. The output stays locked while this lives: what
@@ -56,7 +63,7 @@ pub struct OutputDir {
 #[derive(Debug)]
 pub struct Recorder {
     directory: PathBuf,
-    _lock: Arc<File>,
+    lock: Arc<Lock>,
 }
 
 impl OutputDir {
@@ -195,7 +202,7 @@ impl OutputDir {
     pub fn recorder(&self) -> Recorder {
         Recorder {
             directory: self.partial.clone(),
-            _lock: Arc::clone(&self.lock),
+            lock: Arc::clone(&self.lock),
         }
     }
 
@@ -358,11 +365,21 @@ impl Recorder {
         sync_directory(&self.directory)?;
         let path = self.directory.join(MANIFEST);
         let io = |e| Error::io(&path, &e);
-        let file = (OpenOptions::new().write(true).create(true).truncate(false))
-            .open(&path)
-            .map_err(io)?;
-        file.set_len(at).map_err(io)?;
-        file.write_all_at(records, at).map_err(io)?;
+        // The call of a worker that was killed may come after that of its successor, and
+        // after what was appended then: it finds its records there.
+        let _writing = (self.lock.manifest.lock()).unwrap_or_else(PoisonError::into_inner);
+        let file = (OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false))
+        .open(&path)
+        .map_err(io)?;
+        let mut there = vec![0; records.len()];
+        if file.read_exact_at(&mut there, at).is_err() || there != records {
+            file.set_len(at).map_err(io)?;
+            file.write_all_at(records, at).map_err(io)?;
+        }
         file.sync_data().map_err(io)?;
         match at {
             0 => sync_directory(&self.directory),
@@ -393,7 +410,7 @@ pub fn file_identity(path: impl AsRef<Path>) -> Result<(u64, String)> {
 
 /// Locks a directory, unless `path` names another one by then. The lock goes with
 /// the file, however the process ends.
-fn lock(path: &Path, target: &Path) -> Result<Option<Arc<File>>> {
+fn lock(path: &Path, target: &Path) -> Result<Option<Arc<Lock>>> {
     let file = match File::open(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         opened => opened.map_err(|e| Error::io(path, &e))?,
@@ -415,7 +432,13 @@ fn lock(path: &Path, target: &Path) -> Result<Option<Arc<File>>> {
     let identity = |m: fs::Metadata| (m.dev(), m.ino());
     let locked = file.metadata().map(identity);
     let named = fs::metadata(path).map(identity);
-    Ok(matches!((locked, named), (Ok(a), Ok(b)) if a == b).then(|| Arc::new(file)))
+    let same = matches!((locked, named), (Ok(a), Ok(b)) if a == b);
+    Ok(same.then(|| {
+        Arc::new(Lock {
+            _directory: file,
+            manifest: Mutex::default(),
+        })
+    }))
 }
 
 fn busy(target: &Path) -> Error {
