@@ -58,7 +58,8 @@ try do
   shards = [format: :nf4, double_quant: true, max_shard_size: "2MB"]
   scene = Faults.scene!(Path.join(root, "large"), source, shards)
 
-  length = Faults.duration(scene)
+  # The first one also reads its files from the disk.
+  length = Enum.min(for _ <- 1..4, do: Faults.duration(scene))
 
   IO.puts(
     "seed #{seed}; a job takes about #{length} ms, and may do #{scene.may_redo} bytes again"
