@@ -95,7 +95,7 @@ try do
   rows = rows ++ [done.("bytes changed in what was finished", length(damaged), killed, "-")]
 
   rows =
-    case Faults.library() do
+    case Faults.library(root) do
       nil ->
         IO.puts("SKIPPED: every sync and rename, and power cuts: there is no cc to compile with")
         rows

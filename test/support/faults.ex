@@ -83,10 +83,13 @@ defmodule VivaTensor.Test.Faults do
     duration
   end
 
-  @doc "The library that ends a VM at a sync or rename, or nil where nothing compiles it."
-  def library do
+  @doc """
+  The library that ends a VM at a sync or rename, compiled into a directory, or nil where
+  nothing compiles it.
+  """
+  def library(dir) do
     if compiler = System.find_executable("cc") do
-      path = Path.join(System.tmp_dir!(), "viva_tensor-boundaries-#{System.pid()}.so")
+      path = Path.join(dir, "boundaries.so")
 
       {_, 0} =
         System.cmd(compiler, ~w(-Wall -Werror -shared -fPIC -o) ++ [path, @library, "-ldl"])
