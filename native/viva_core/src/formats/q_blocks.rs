@@ -107,11 +107,16 @@ fn range<I: Isa>(isa: I, x: &[f32; 32]) -> (f32, f32) {
     isa.store(isa.max(a, b), &mut highs);
     let low = lows.into_iter().fold(f32::MAX, f32::min);
     let high = highs.into_iter().fold(f32::MIN, f32::max);
-    let first_zero = |v: f32| match v {
+    (first_zero(low, x), first_zero(high, x))
+}
+
+/// A zero as the first of those numbers has it.
+#[inline(always)]
+fn first_zero(v: f32, x: &[f32; 32]) -> f32 {
+    match v {
         0.0 => x.iter().copied().find(|&v| v == 0.0).unwrap_or(v),
         _ => v,
-    };
-    (first_zero(low), first_zero(high))
+    }
 }
 
 /// Codes and scales of (code − half) · d, for up to sixteen blocks.

@@ -198,10 +198,11 @@ impl Job<'_> {
                 for i in 0..n.div_ceil(ROWS) {
                     cancel.check()?;
                     let rows = i * ROWS..n.min((i + 1) * ROWS);
-                    let panel = self.panel(i, tokens, room);
+                    let mut panel = self.panel(i, tokens, room);
                     for tile in &tiles {
                         let sums = &mut sums[..ROWS * tile.width];
                         panel.times(std::slice::from_ref(tile), sums);
+                        panel.next = &[];
                         let tokens = tile.tokens.clone();
                         for (token, sums) in tokens.zip(sums.chunks_exact_mut(ROWS)) {
                             let at = (token - first) * row + rows.start * size;
@@ -235,6 +236,7 @@ impl Job<'_> {
                 form: plan.form,
                 table,
                 bytes,
+                next: &[],
             };
         }
         let form = plan.form.apart();
@@ -249,6 +251,12 @@ impl Job<'_> {
             form,
             table: None,
             bytes: bytemuck::cast_slice(&room.expanded),
+            next: match self.panels {
+                Panels::Packed(panels) => {
+                    &panels[(index + 1) * len..panels.len().min((index + 2) * len)]
+                }
+                Panels::Steps(_) => &[],
+            },
         }
     }
 }
@@ -266,11 +274,14 @@ struct Panel<'a> {
     form: Form,
     table: Option<&'a [u8; 16]>,
     bytes: &'a [u8],
+    /// What will be taken apart after it.
+    next: &'a [u8],
 }
 
 impl Panel<'_> {
     /// The panel's products with all tiles, one line of sums a token.
     fn times(&self, tiles: &[Tile], mut sums: &mut [f32]) {
+        let mut next = self.next;
         for tile in tiles {
             let (out, rest) = sums.split_at_mut(ROWS * tile.width);
             let (out, _) = out.as_chunks_mut::<LANES>();
@@ -278,6 +289,7 @@ impl Panel<'_> {
                 form: &self.form,
                 table: self.table,
                 panel: self.bytes,
+                next: std::mem::take(&mut next),
                 codes: &tile.codes,
                 numbers: &tile.numbers,
                 out: out.as_chunks_mut().0,

@@ -56,6 +56,9 @@ pub struct Multiply<'a> {
     /// The step of each code, where it is not the code.
     pub table: Option<&'a [u8; 16]>,
     pub panel: &'a [u8],
+    /// What is read after it, to be asked for along the way: nothing where memory's own
+    /// prefetchers see to it.
+    pub next: &'a [u8],
     /// `[groups, quads, tokens]` fours of codes.
     pub codes: &'a [[i8; 4]],
     /// `[groups, tokens]`.
@@ -139,6 +142,9 @@ impl Multiply<'_> {
         let (x, _) = self.codes.as_chunks::<T>();
         let (numbers, _) = self.numbers.as_chunks::<T>();
         let shares = self.panel.chunks_exact(form.share());
+        let mut next = self
+            .next
+            .chunks(self.next.len().div_ceil(form.groups).max(1));
         let x = x.chunks_exact(form.shared * form.quads);
         for ((share, x), numbers) in shares.zip(x).zip(numbers.chunks_exact(form.shared)) {
             let (units, groups) = share.split_at(form.units());
@@ -149,6 +155,9 @@ impl Multiply<'_> {
             let groups = groups.chunks_exact(form.group());
             for ((group, x), numbers) in groups.zip(x.chunks_exact(form.quads)).zip(numbers) {
                 let numbers = &numbers[token..token + R];
+                if let Some(next) = next.next() {
+                    prefetch(next.as_ptr(), next.len());
+                }
                 // Not a loop, for the results to stay in registers.
                 let group = Group {
                     form,
