@@ -1,11 +1,10 @@
 //! Products of 8-bit activations with panels of packed weights.
 //!
-//! A panel holds [`ROWS`] rows of a weight, group after group. A group is a header
-//! with a scale a row, and lines of [`LINE`] bytes: four consecutive columns of
-//! every row, or eight in half bytes, the first four in the low halves. Where groups
-//! share the units of their scales, these come before the first of them. So one
-//! stream runs through a panel, and a line meets the same four activations in all
-//! lanes.
+//! A panel holds 32 rows of a weight, group after group. A group is a header with a
+//! scale a row, and lines of [`LINE`] bytes: four consecutive columns of every row, or
+//! eight in half bytes, the first four in the low halves. Where groups share the units
+//! of their scales, these come before the first of them. So one stream runs through a
+//! panel, and a line meets the same four activations in all lanes.
 //!
 //! A weight is `scale · (step − zero) + low`, a step being a byte: the code itself
 //! or what a table says of it. With activations `x = s · c` the products of a group
