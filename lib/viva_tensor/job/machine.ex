@@ -40,8 +40,8 @@ defmodule VivaTensor.Job.Machine do
   @backoff_ms 50
   # What a worker has to leave its native call after it was told to.
   @grace_ms 1_000
-  # What a killed job may have to do again for each worker, however small the units are: syncing each of them would take
-  # longer.
+  # What a killed job may have to do again for each worker, however small the units
+  # are: syncing each of them would take longer.
   @small_bytes 256 * 1024
   # A finished job answers for this long; its report is on disk in any case.
   @linger_ms 600_000
@@ -435,15 +435,12 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp run_units(data) do
-    shards =
-      for shard <- Tally.in_order(data.tally) do
-        %{shard | units: Enum.map(shard.units, &Observation.annotate(&1, data.notes))}
-      end
-
-    data = %{data | tally: %{data.tally | shards: Map.new(shards, &{&1.id, &1})}, notes: %{}}
+    data = %{data | tally: Tally.annotate(data.tally, data.notes), notes: %{}}
 
     # What an earlier job wrote again is not written as it was at first.
-    {again, once} = Enum.split_with(shards, &is_map_key(data.found.rewritten, &1.id))
+    {again, once} =
+      data.tally |> Tally.in_order() |> Enum.split_with(&is_map_key(data.found.rewritten, &1.id))
+
     queue = Enum.flat_map(once, &Step.all(&1, data.found.units))
     again = for shard <- again, do: %{shard | non_finite: data.found.rewritten[shard.id]}
 
@@ -487,16 +484,12 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp rewrite(shards, data) do
-    Enum.reduce_while(shards, {:ok, data}, fn shard, {:ok, data} ->
-      with :ok <- Shard.remove(shard, data.output),
-           {:ok, shards, tally} <-
-             Tally.rewrite(data.tally, shard, data.plan, data.options.max_shard_size) do
-        queue = Enum.flat_map(shards, &Step.all(&1, data.found.units)) ++ data.queue
-        {:cont, {:ok, %{data | tally: tally, queue: queue}}}
-      else
-        error -> {:halt, error}
-      end
-    end)
+    size = data.options.max_shard_size
+
+    with {:ok, shards, tally} <- Tally.rewrite(data.tally, shards, data.output, data.plan, size) do
+      queue = Enum.flat_map(shards, &Step.all(&1, data.found.units)) ++ data.queue
+      {:ok, %{data | tally: tally, queue: queue}}
+    end
   end
 
   # The manifest

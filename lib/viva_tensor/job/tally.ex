@@ -4,7 +4,7 @@ defmodule VivaTensor.Job.Tally do
   """
 
   alias VivaTensor.{Error, Report}
-  alias VivaTensor.Job.{Manifest, Plan, Shard, Unit}
+  alias VivaTensor.Job.{Manifest, Observation, Plan, Shard, Unit}
 
   defstruct shards: %{},
             rows: %{},
@@ -55,6 +55,13 @@ defmodule VivaTensor.Job.Tally do
   @spec quarantined(t) :: [Report.quarantined()]
   def quarantined(tally), do: tally.quarantined |> Enum.sort() |> Enum.map(&elem(&1, 1))
 
+  @doc "What was found out about units is noted in them."
+  @spec annotate(t, %{String.t() => String.t()}) :: t
+  def annotate(tally, notes) do
+    annotated = &%{&1 | units: Enum.map(&1.units, fn u -> Observation.annotate(u, notes) end)}
+    %{tally | shards: Map.new(tally.shards, fn {id, shard} -> {id, annotated.(shard)} end)}
+  end
+
   @doc "A unit is done."
   @spec done(t, Manifest.shard(), Unit.t(), Report.row()) :: t
   def done(tally, id, unit, row) do
@@ -84,10 +91,21 @@ defmodule VivaTensor.Job.Tally do
   @spec update(t, Manifest.shard(), (Shard.t() -> Shard.t())) :: t
   def update(tally, id, fun), do: %{tally | shards: Map.update!(tally.shards, id, fun)}
 
-  @doc "Replaces a shard by those that its units fall into now, and returns these."
-  @spec rewrite(t, Shard.t(), Plan.t(), pos_integer) ::
+  @doc "Replaces shards by those that their units fall into now, and returns these; their files are removed."
+  @spec rewrite(t, [Shard.t()], reference, Plan.t(), pos_integer) ::
           {:ok, [Shard.t()], t} | {:error, Error.t()}
-  def rewrite(tally, shard, plan, max_shard_size) do
+  def rewrite(tally, shards, output, plan, max_shard_size) do
+    Enum.reduce_while(shards, {:ok, [], tally}, fn shard, {:ok, others, tally} ->
+      with :ok <- Shard.remove(shard, output),
+           {:ok, shards, tally} <- rewrite(tally, shard, plan, max_shard_size) do
+        {:cont, {:ok, others ++ shards, tally}}
+      else
+        error -> {:halt, error}
+      end
+    end)
+  end
+
+  defp rewrite(tally, shard, plan, max_shard_size) do
     units = Shard.decided_again(shard)
 
     with {:ok, groups} <- Plan.shards(units, plan.file, max_shard_size) do

@@ -13,6 +13,7 @@ pub mod gguf;
 mod mapped;
 mod metadata;
 mod output;
+mod place;
 mod safetensors;
 mod shards;
 mod writer;
@@ -24,8 +25,8 @@ pub use entry::{Entry, EntryDType};
 pub use file::TensorFile;
 pub use mapped::{Mapped, mapped_bytes};
 pub use metadata::Metadata;
-pub(crate) use output::sync_directory;
 pub use output::{Found, OutputDir, Recorder, file_identity};
+pub(crate) use place::sync_directory;
 pub use shards::{WrittenShard, index_json, plan_shards, shard_name};
 pub use writer::{FixedEntry, LateEntry, ShardWriter};
 
