@@ -44,13 +44,7 @@ defmodule VivaTensor.JobsTaskTest do
 
   # A job that has recorded something, and is held in its next unit.
   defp begun!(c) do
-    hold_units()
-    job = start!(source: @model, to: c.to, format: :nf4, max_concurrency: 1)
-
-    for _ <- 1..3 do
-      assert_receive {:holding, worker, _}
-      send(worker, :go)
-    end
+    job = held!([source: @model, to: c.to, format: :nf4], 3)
 
     wait_until(fn -> File.exists?(Path.join(c.dir, ".out.partial/.manifest")) end)
     job

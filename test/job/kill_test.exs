@@ -25,7 +25,7 @@ defmodule VivaTensor.Job.KillTest do
     opts = [format: :nf4, max_concurrency: 1, max_shard_size: "600KB"]
     scene = Faults.scene!(Path.join(dir, "scene"), @model, opts)
 
-    case Faults.library(dir) do
+    case Faults.compile(dir) do
       nil ->
         IO.puts(:stderr, "\nSKIPPED: VMs killed at syncs: there is no cc to compile with")
 

@@ -126,13 +126,7 @@ defmodule VivaTensor.Job.ResumeTest do
   describe "a job that was cancelled" do
     test "keeps what it finished, the units that were under way too", c do
       {:ok, _} = run(source: @model, to: c.calm, format: :nf4)
-      hold_units()
-      job = start!(source: @model, to: c.to, format: :nf4, max_concurrency: 1)
-
-      for _ <- 1..3 do
-        assert_receive {:holding, worker, _}
-        send(worker, :go)
-      end
+      job = held!([source: @model, to: c.to, format: :nf4], 3)
 
       assert_receive {:holding, worker, _}
       cancelled = Task.async(fn -> Job.cancel(job) end)

@@ -10,7 +10,7 @@ defmodule VivaTensor.Test.Faults do
   alias VivaTensor.Job.Manifest
   alias VivaTensor.Test.{Jobs, Safetensors}
 
-  @library "test/faults/boundaries.c"
+  @source "test/faults/boundaries.c"
 
   @doc """
   A source and a recipe in a directory of their own, with what a job makes of them when
@@ -54,28 +54,31 @@ defmodule VivaTensor.Test.Faults do
     Safetensors.write!(path, tensors)
   end
 
-  @doc "Kills a VM a while after its job has begun; `fun` may then change what is left."
-  def killed_after(scene, milliseconds, fun \\ fn -> :ok end) do
+  @doc """
+  Kills a VM a while after its job has begun. `fun` may then change what is left, and says
+  whether there was anything to change.
+  """
+  def killed_after(scene, milliseconds, fun \\ fn -> true end) do
     log = Path.join(scene.dir, "units")
     port = victim(scene, [], log)
-    receive do: ({^port, {:data, "begun" <> _}} -> :ok)
+    begun(port)
     Process.sleep(milliseconds)
     {:os_pid, pid} = Port.info(port, :os_pid) || {:os_pid, nil}
     # Every shell has kill, not every system a program of that name.
     if pid, do: System.cmd("sh", ["-c", "kill -9 #{pid}"], stderr_to_stdout: true)
     code = exit_status(port)
-    fun.()
+    changed = fun.()
     finished = if File.exists?(log), do: log |> File.read!() |> String.split("\n"), else: []
     again = go_on!(scene)
     redone = Enum.sum(for name <- again, name in finished, do: scene.sizes[name])
     clean!(scene)
-    %{killed: code == 137, redone: redone}
+    %{killed: code == 137, changed: changed, redone: redone}
   end
 
   @doc "How long a job takes in a VM of its own, in milliseconds."
   def duration(scene) do
     port = victim(scene, [], Path.join(scene.dir, "units"))
-    receive do: ({^port, {:data, "begun" <> _}} -> :ok)
+    begun(port)
     start = System.monotonic_time(:millisecond)
     0 = exit_status(port)
     duration = System.monotonic_time(:millisecond) - start
@@ -87,12 +90,11 @@ defmodule VivaTensor.Test.Faults do
   The library that ends a VM at a sync or rename, compiled into a directory, or nil where
   nothing compiles it.
   """
-  def library(dir) do
+  def compile(dir) do
     if compiler = System.find_executable("cc") do
       path = Path.join(dir, "boundaries.so")
 
-      {_, 0} =
-        System.cmd(compiler, ~w(-Wall -Werror -shared -fPIC -o) ++ [path, @library, "-ldl"])
+      {_, 0} = System.cmd(compiler, ~w(-Wall -Werror -shared -fPIC -o) ++ [path, @source, "-ldl"])
 
       path
     end
@@ -179,7 +181,7 @@ defmodule VivaTensor.Test.Faults do
 
   @doc """
   Changes a byte of the source that a unit was made from, and puts it back when going on
-  was refused by the tensor's name.
+  was refused by the tensor's name; false where no unit was recorded.
   """
   def refuses_another_source!(scene) do
     with {:ok, records, _} <- Manifest.read(Path.join(scene.dir, ".out.partial/.manifest")),
@@ -194,6 +196,9 @@ defmodule VivaTensor.Test.Faults do
         Jobs.run([to: scene.to, resume: true] ++ scene.opts)
 
       File.write!(source, content)
+      true
+    else
+      _nothing -> false
     end
   end
 
@@ -276,6 +281,14 @@ defmodule VivaTensor.Test.Faults do
     case Job.await(job) do
       {:ok, _report} -> System.halt(0)
       {:error, error} -> System.halt(if error.op in [:output, :unit], do: 1, else: 2)
+    end
+  end
+
+  defp begun(port) do
+    receive do
+      {^port, {:data, "begun" <> _}} -> :ok
+    after
+      60_000 -> raise "a VM does not begin"
     end
   end
 

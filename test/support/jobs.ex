@@ -42,6 +42,19 @@ defmodule VivaTensor.Test.Jobs do
     end)
   end
 
+  @doc "A job that has done `count` units, one at a time; all others are held."
+  def held!(opts, count) do
+    hold_units()
+    job = start!([max_concurrency: 1] ++ opts)
+
+    for _ <- 1..count do
+      assert_receive {:holding, worker, _}
+      send(worker, :go)
+    end
+
+    job
+  end
+
   @doc "A file of three small linear weights and a norm, one with a `poison:` in it."
   def weights(path, opts \\ []) do
     Safetensors.write!(path, [

@@ -6,7 +6,8 @@ defmodule VivaTensor.Job.Ledger do
   time and takes along everything that was added during the one before.
   """
 
-  alias VivaTensor.Job.{Manifest, Shard}
+  alias VivaTensor.{Error, Native}
+  alias VivaTensor.Job.{Manifest, Shard, Workers}
 
   defstruct at: 0, head: [], pending: [], shards: %{}, unrecorded: {0, 0}, writing: nil
 
@@ -71,6 +72,13 @@ defmodule VivaTensor.Job.Ledger do
   @doc "The write that is under way: doing it once more does no harm."
   @spec again(t) :: write
   def again(%{writing: {_records, shards, bytes}, at: at}), do: {shards, at, bytes}
+
+  @doc "Begins a write to the manifest of an output, in a process of its own: what its messages are known by."
+  @spec begin(write, reference) :: reference
+  def begin({shards, at, bytes}, output) do
+    write = fn -> output |> Native.output_record(shards, at, bytes) |> Error.wrap(:output) end
+    Task.Supervisor.async_nolink(Workers, write).ref
+  end
 
   @doc "Ends a write: the records that are in the manifest now."
   @spec written(t) :: {[Manifest.entry()], t}

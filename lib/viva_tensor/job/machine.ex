@@ -33,7 +33,7 @@ defmodule VivaTensor.Job.Machine do
   alias VivaTensor.{Error, Native, Report}
   alias VivaTensor.Job.{Admission, Events, Failure, Identity, Ledger, Observation}
   alias VivaTensor.Job.{Outputs, Publication, Resumption, Shard, Status, Step, Tally}
-  alias VivaTensor.Job.{Worker, Workers}
+  alias VivaTensor.Job.Worker
 
   @priorities %{low: -1, normal: 0, high: 1}
   @attempts 3
@@ -195,7 +195,7 @@ defmodule VivaTensor.Job.Machine do
 
   def handle_event(:info, {:DOWN, ref, _, _, reason}, state, %{recording: {ref, n}} = data) do
     if n < @attempts do
-      {:keep_state, write(Ledger.again(data.ledger), n + 1, data)}
+      {:keep_state, begin_write(Ledger.again(data.ledger), n + 1, data)}
     else
       recorded(state, {:error, Failure.final("the manifest", n, reason)}, %{data | recording: nil})
     end
@@ -254,24 +254,13 @@ defmodule VivaTensor.Job.Machine do
   defp start(step, data) do
     case Worker.prepare(step, data) do
       {:ok, fun, tally} ->
-        {:ok, work(step, %{data | tally: tally}, fun)}
+        {ref, step} = Step.begin(step, fun, data.options.unit_timeout)
+        {:ok, %{data | tally: tally, running: Map.put(data.running, ref, step)}}
 
       {:error, error} ->
         Admission.release(step.ticket)
         {:error, error, data}
     end
-  end
-
-  defp work(step, data, fun) do
-    task = Task.Supervisor.async_nolink(Workers, fun)
-    timeout = data.options.unit_timeout
-
-    timer =
-      if Step.timed?(step) and timeout != :infinity,
-        do: Process.send_after(self(), {:overdue, task.ref}, timeout)
-
-    step = %{step | pid: task.pid, timer: timer, started: System.monotonic_time()}
-    %{data | running: Map.put(data.running, task.ref, step)}
   end
 
   defp returned(ref, data) do
@@ -496,20 +485,15 @@ defmodule VivaTensor.Job.Machine do
 
   defp record(%{recording: nil} = data) do
     case Ledger.next(data.ledger) do
-      {write, ledger} -> write(write, 1, %{data | ledger: ledger})
+      {write, ledger} -> begin_write(write, 1, %{data | ledger: ledger})
       :nothing -> data
     end
   end
 
   defp record(data), do: data
 
-  defp write({shards, at, bytes}, attempt, %{output: output} = data) do
-    task =
-      Task.Supervisor.async_nolink(Workers, fn ->
-        output |> Native.output_record(shards, at, bytes) |> Error.wrap(:output)
-      end)
-
-    %{data | recording: {task.ref, attempt}}
+  defp begin_write(write, attempt, data) do
+    %{data | recording: {Ledger.begin(write, data.output), attempt}}
   end
 
   defp recorded(:stopping, {:ok, _}, data) do

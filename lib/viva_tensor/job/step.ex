@@ -1,14 +1,14 @@
 defmodule VivaTensor.Job.Step do
   @moduledoc """
-  One thing that a worker of a job does: make the plan, read what
-  an earlier job recorded, choose the scales of a group
-  of weights, do a unit or look whether it is done already, finish a shard.
+  One thing that a worker of a job does: make the plan, read what an earlier job
+  recorded, choose the scales of a group of weights, do a unit or look whether it is
+  done already, finish a shard.
 
   Its cancel flag is its own and made anew for each attempt, so that one that takes
   too long can be asked to leave without any other.
   """
 
-  alias VivaTensor.Job.{Ledger, Manifest, Observation, Resumption, Shard, Unit}
+  alias VivaTensor.Job.{Ledger, Manifest, Observation, Resumption, Shard, Unit, Workers}
   alias VivaTensor.Native
 
   @enforce_keys [:work, :bytes]
@@ -59,6 +59,21 @@ defmodule VivaTensor.Job.Step do
   @spec armed(t) :: t
   def armed(step), do: %{step | cancel: Native.cancel_flag(), overdue: false}
 
+  @doc """
+  Begins a step in a worker of its own: what the worker's messages are known by, and the
+  step. After `timeout` milliseconds comes `{:overdue, ref}`, if time is limited for it.
+  """
+  @spec begin(t, (() -> term), timeout) :: {reference, t}
+  def begin(step, fun, timeout) do
+    task = Task.Supervisor.async_nolink(Workers, fun)
+
+    timer =
+      if timed?(step) and timeout != :infinity,
+        do: Process.send_after(self(), {:overdue, task.ref}, timeout)
+
+    {task.ref, %{step | pid: task.pid, timer: timer, started: System.monotonic_time()}}
+  end
+
   @doc "What is left of a step when its worker has returned."
   @spec ended(t) :: t
   def ended(step) do
@@ -70,11 +85,9 @@ defmodule VivaTensor.Job.Step do
   @spec again(t) :: t
   def again(step), do: %{step | attempt: step.attempt + 1}
 
-  @doc "Whether `unit_timeout` is about it."
-  @spec timed?(t) :: boolean
-  def timed?(%{work: {:unit, _, _}}), do: true
-  def timed?(%{work: {:search, _}}), do: true
-  def timed?(_step), do: false
+  defp timed?(%{work: {:unit, _, _}}), do: true
+  defp timed?(%{work: {:search, _}}), do: true
+  defp timed?(_step), do: false
 
   @doc "Bytes of the source that are to be done again if these are lost, and what is not recorded."
   @spec risk([t], Ledger.t()) :: non_neg_integer
