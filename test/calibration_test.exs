@@ -45,10 +45,7 @@ defmodule CalibrationTest do
       assert :ok = Calibration.add(calibration, "a.q_proj", x)
     end
 
-    directory = Path.join(System.tmp_dir!(), "viva_tensor_#{System.unique_integer([:positive])}")
-    File.mkdir_p!(directory)
-    on_exit(fn -> File.rm_rf!(directory) end)
-    path = Path.join(directory, "statistics.safetensors")
+    path = Path.join(VivaTensor.Test.Directory.create!(), "statistics.safetensors")
     assert :ok = Calibration.save(calibration, path)
     loaded = Calibration.load!(path)
     assert Calibration.layers(loaded) == [%{name: "a.q_proj", columns: 128, tokens: 256}]

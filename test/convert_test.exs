@@ -49,7 +49,7 @@ defmodule VivaTensor.ConvertTest do
 
   defp run(options) do
     {:ok, job} = Job.start(options)
-    Job.await(job, 120_000)
+    Job.await(job)
   end
 
   defp convert!(source, to, layout, options \\ []) do

@@ -92,7 +92,7 @@ defmodule VivaTensor.DocsTest do
           exclude: "^(?!#{Regex.escape(@weight)}$)"
         )
 
-      {:ok, report} = Job.await(job, 60_000)
+      {:ok, report} = Job.await(job)
       assert report.quantized == 1
 
       path = if unquote(layout) == :gguf, do: Path.join(to, "model.gguf"), else: to

@@ -222,8 +222,8 @@ defmodule VivaTensor.JobTest do
       wait_until(fn -> match?({:stopping, _}, :sys.get_state(job)) end)
       cancelled = release_while(fn -> Job.await(job) end)
       assert {:error, %Error{reason: {:cancelled, %{}}}} = cancelled
-      assert Task.await(cancel) == cancelled
-      assert Task.await(waiting) == cancelled
+      assert Task.await(cancel, :infinity) == cancelled
+      assert Task.await(waiting, :infinity) == cancelled
       assert Job.await(job) == cancelled
       assert_only(dir, [])
     end
@@ -262,7 +262,7 @@ defmodule VivaTensor.JobTest do
         capture_log(fn ->
           name |> Process.whereis() |> Process.exit(:kill)
           # Shut down by the supervisor, unless it missed its workers first.
-          assert_receive {:DOWN, ^monitor, _, _, _}, 1_000
+          assert_receive {:DOWN, ^monitor, _, _, _}
           await_another(VivaTensor.Job.Supervisor, supervisor)
         end)
 

@@ -57,7 +57,7 @@ defmodule VivaTensor.JobsTaskTest do
     cancel = Task.async(fn -> task(["cancel", c.to]) end)
     wait_until(fn -> match?({:stopping, _}, :sys.get_state(job)) end)
     assert {:error, %{reason: {:cancelled, _}}} = release_while(fn -> Job.await(job) end)
-    assert {0, stdout, ""} = Task.await(cancel)
+    assert {0, stdout, ""} = Task.await(cancel, :infinity)
     assert stdout =~ "mix viva.jobs resume"
     refute File.exists?(Path.join(c.dir, ".out.cancel"))
   end
@@ -65,10 +65,13 @@ defmodule VivaTensor.JobsTaskTest do
   test "follows a job to its report", c do
     job = begun!(c)
     follow = Task.async(fn -> task(["follow", c.to]) end)
-    # Long enough for a first look.
-    Process.sleep(300)
+    # It has looked once.
+    wait_until(fn ->
+      Process.info(follow.pid, :current_function) == {:current_function, {Process, :sleep, 1}}
+    end)
+
     assert {:ok, _} = release_while(fn -> Job.await(job) end)
-    assert {0, stdout, stderr} = Task.await(follow)
+    assert {0, stdout, stderr} = Task.await(follow, :infinity)
     assert stderr =~ "/20 tensors"
     assert stdout =~ "tensors    20, 14 quantized"
   end

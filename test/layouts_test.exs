@@ -22,7 +22,7 @@ defmodule VivaTensor.LayoutsTest do
       to = Path.join(Directory.create!(), "out")
       given = [source: @model, to: to, format: unquote(format), layout: unquote(layout)]
       {:ok, job} = Job.start(given ++ unquote(options))
-      {:ok, _report} = Job.await(job, 60_000)
+      {:ok, _report} = Job.await(job)
 
       ours = @model |> Checkpoint.open!() |> Checkpoint.get!(@weight)
       expected = VivaTensor.quantize!(ours, unquote(format), unquote(alone))

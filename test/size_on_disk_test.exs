@@ -10,9 +10,7 @@ defmodule VivaTensor.SizeOnDiskTest do
   @elements 4096 * 4096
 
   setup_all do
-    directory = Path.join(System.tmp_dir!(), "viva_tensor-size-#{System.os_time()}")
-    on_exit(fn -> File.rm_rf!(directory) end)
-    source = Path.join(directory, "model.safetensors")
+    source = Path.join(Directory.create!(), "model.safetensors")
     # One row of normal draws, repeated: bytes do not depend on the values.
     row = Safetensors.normal(4096, 1)
     bytes = String.duplicate(row, 4096)

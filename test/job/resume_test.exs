@@ -22,7 +22,7 @@ defmodule VivaTensor.Job.ResumeTest do
   defp manifest(to), do: Path.join(partial(to), ".manifest")
 
   defp resume(to, opts \\ []) do
-    with {:ok, job} <- Job.resume(to, opts), do: Job.await(job, 60_000)
+    with {:ok, job} <- Job.resume(to, opts), do: Job.await(job)
   end
 
   # An interrupted job is gone on with to the bytes of one that nothing interrupted.
@@ -132,7 +132,7 @@ defmodule VivaTensor.Job.ResumeTest do
       cancelled = Task.async(fn -> Job.cancel(job) end)
       wait_until(fn -> match?({:stopping, _}, :sys.get_state(job)) end)
       send(worker, :go)
-      assert {:error, %Error{reason: {:cancelled, _}}} = Task.await(cancelled)
+      assert {:error, %Error{reason: {:cancelled, _}}} = Task.await(cancelled, :infinity)
       {:ok, records, _} = Manifest.read(manifest(c.to))
       assert Enum.count(records, &match?({:unit, _, _, _}, &1)) == 3
 

@@ -38,7 +38,7 @@ defmodule VivaTensor.Job.StatisticsTest do
     opts = Keyword.merge([source: @model, exclude: @kept], opts)
 
     with {:ok, job} <- Job.start([to: to] ++ opts),
-         {:ok, report} <- Job.await(job, 60_000),
+         {:ok, report} <- Job.await(job),
          do: {:ok, report, to}
   end
 
@@ -139,7 +139,7 @@ defmodule VivaTensor.Job.StatisticsTest do
 
     assert_receive {:viva_tensor_job, ^job, {:planned, _}}, 30_000
     for pid <- Task.Supervisor.children(VivaTensor.Job.Workers), do: Process.exit(pid, :kill)
-    assert {:ok, _report} = Job.await(job, 60_000)
+    assert {:ok, _report} = Job.await(job)
     assert weights(path) == weights(to)
   end
 

@@ -11,6 +11,7 @@ defmodule VivaTensor.Test.Faults do
   alias VivaTensor.Test.{Jobs, Safetensors}
 
   @source "test/faults/boundaries.c"
+  @patience_ms 600_000
 
   @doc """
   A source and a recipe in a directory of their own, with what a job makes of them when
@@ -288,7 +289,7 @@ defmodule VivaTensor.Test.Faults do
     receive do
       {^port, {:data, "begun" <> _}} -> :ok
     after
-      60_000 -> raise "a VM does not begin"
+      @patience_ms -> raise "a VM does not begin"
     end
   end
 
@@ -296,7 +297,7 @@ defmodule VivaTensor.Test.Faults do
     receive do
       {^port, {:exit_status, code}} -> code
     after
-      60_000 -> raise "a VM hangs"
+      @patience_ms -> raise "a VM hangs"
     end
   end
 

@@ -12,7 +12,7 @@ defmodule VivaTensor.Test.Jobs do
   @doc "The result of a job."
   def run(opts) do
     {:ok, job} = Job.start(opts)
-    Job.await(job, 60_000)
+    Job.await(job)
   end
 
   @doc "A job that keeps the calling process informed."

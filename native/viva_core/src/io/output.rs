@@ -362,7 +362,10 @@ impl Recorder {
             shard.sync()?;
         }
         // Their names, before the manifest speaks of them.
-        sync_directory(&self.directory)?;
+        if !shards.iter().all(|s| s.is_named()) {
+            sync_directory(&self.directory)?;
+            shards.iter().for_each(|s| s.set_named());
+        }
         let path = self.directory.join(MANIFEST);
         let io = |e| Error::io(&path, &e);
         // The call of a worker that was killed may come after that of its successor, and

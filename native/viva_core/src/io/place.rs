@@ -106,20 +106,44 @@ fn replace_in_two_steps(target: &Path, partial: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Syncs all files below a directory, and the directories themselves.
+/// How many files are synced at a time: a disk makes them durable together.
+const SYNCED_AT_ONCE: usize = 16;
+
+/// Syncs all files below a directory, and then the directories themselves.
 pub(super) fn sync_tree(directory: &Path) -> Result<()> {
-    let io = |e| Error::io(directory, &e);
-    for item in fs::read_dir(directory).map_err(io)? {
-        let path = item.map_err(io)?.path();
-        if path.is_dir() {
-            sync_tree(&path)?;
-        } else {
-            let file = OpenOptions::new().read(true).open(&path);
-            file.and_then(|f| f.sync_all())
-                .map_err(|e| Error::io(&path, &e))?;
+    let (mut files, mut directories) = (Vec::new(), vec![directory.to_path_buf()]);
+    let mut listed = 0;
+    while let Some(directory) = directories.get(listed).cloned() {
+        let io = |e| Error::io(&directory, &e);
+        for item in fs::read_dir(&directory).map_err(io)? {
+            let path = item.map_err(io)?.path();
+            match path.is_dir() {
+                true => directories.push(path),
+                false => files.push(path),
+            }
         }
+        listed += 1;
     }
-    sync_directory(directory)
+    sync_all(&files)?;
+    // The innermost first.
+    directories.iter().rev().try_for_each(|d| sync_directory(d))
+}
+
+fn sync_all(files: &[PathBuf]) -> Result<()> {
+    let sync = |path: &PathBuf| {
+        let file = OpenOptions::new().read(true).open(path);
+        file.and_then(|f| f.sync_all())
+            .map_err(|e| Error::io(path, &e))
+    };
+    // Threads that wait for a disk, and so none of those that compute.
+    std::thread::scope(|scope| {
+        let shares = files.chunks(files.len().div_ceil(SYNCED_AT_ONCE).max(1));
+        let threads: Vec<_> = shares
+            .map(|share| scope.spawn(move || share.iter().try_for_each(sync)))
+            .collect();
+        let ends = threads.into_iter().map(|t| t.join().expect("no panic"));
+        ends.collect::<Vec<_>>().into_iter().collect()
+    })
 }
 
 /// Syncs the directory that holds `target`, and those that hold `made` more.

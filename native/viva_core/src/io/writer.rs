@@ -6,6 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use rustix::fs::{FallocateFlags, fallocate};
@@ -53,6 +54,8 @@ pub struct ShardWriter {
     fixed: Vec<Slot>,
     by_name: HashMap<String, usize>,
     late: Mutex<Vec<LateSlot>>,
+    /// Whether its name in the directory is durable.
+    named: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -159,6 +162,7 @@ impl ShardWriter {
             fixed: slots,
             by_name,
             late: Mutex::default(),
+            named: AtomicBool::new(false),
         };
 
         // Numbers only get shorter when the late lengths are known.
@@ -278,6 +282,15 @@ impl ShardWriter {
             // Finishing synced it.
             _ => Ok(()),
         }
+    }
+
+    pub(super) fn is_named(&self) -> bool {
+        self.named.load(Ordering::Acquire)
+    }
+
+    /// Its directory was synced.
+    pub(super) fn set_named(&self) {
+        self.named.store(true, Ordering::Release);
     }
 
     /// Writes what comes last – late entries and the header –, cuts the file to
