@@ -44,6 +44,9 @@ defmodule VivaTensor.Report do
   In the report of a conversion `dtype` is the format that a tensor had, `from` the
   layout of a quantized one, `format` what it became; `lossless` says whether it has
   the same values, and `changed` how many have not.
+
+  `worker`, `began`, `ended`, `attempt` and `verified` are the span of the unit in the time
+  line of the job, see `VivaTensor.Job.Span`.
   """
   @type row :: %{
           required(:name) => String.t(),
@@ -66,7 +69,12 @@ defmodule VivaTensor.Report do
           optional(:max_error) => float | nil,
           optional(:psnr_db) => float | nil,
           optional(:cosine) => float | nil,
-          optional(:output_error) => float | nil
+          optional(:output_error) => float | nil,
+          optional(:worker) => non_neg_integer,
+          optional(:began) => float,
+          optional(:ended) => float,
+          optional(:attempt) => pos_integer,
+          optional(:verified) => boolean
         }
 
   @typedoc "A tensor that was put aside, and why the last attempt failed."

@@ -32,8 +32,8 @@ defmodule VivaTensor.Job.Machine do
 
   alias VivaTensor.{Error, Native, Report}
   alias VivaTensor.Job.{Admission, Events, Failure, Identity, Ledger, Observation}
-  alias VivaTensor.Job.{Outputs, Publication, Resumption, Shard, Status, Step, Tally}
-  alias VivaTensor.Job.Worker
+  alias VivaTensor.Job.{Outputs, Publication, Resumption, Shard, Span, Status, Step}
+  alias VivaTensor.Job.{Tally, Worker}
 
   @priorities %{low: -1, normal: 0, high: 1}
   @attempts 3
@@ -254,7 +254,7 @@ defmodule VivaTensor.Job.Machine do
   defp start(step, data) do
     case Worker.prepare(step, data) do
       {:ok, fun, tally} ->
-        {ref, step} = Step.begin(step, fun, data.options.unit_timeout)
+        {ref, step} = Step.begin(step, fun, data.options.unit_timeout, data.running)
         {:ok, %{data | tally: tally, running: Map.put(data.running, ref, step)}}
 
       {:error, error} ->
@@ -269,8 +269,8 @@ defmodule VivaTensor.Job.Machine do
     {Step.ended(step), %{data | running: running}}
   end
 
-  defp completed(:stopping, %{work: {:unit, unit, id}}, {:ok, done}, data) do
-    {_row, data} = unit_done(unit, id, done, data)
+  defp completed(:stopping, %{work: {:unit, _, _}} = step, {:ok, done}, data) do
+    {_row, data} = unit_done(step, done, data)
     stopped(data)
   end
 
@@ -293,8 +293,8 @@ defmodule VivaTensor.Job.Machine do
     end
   end
 
-  defp completed(:running, %{work: {:unit, unit, id}} = step, {:ok, done}, data) do
-    {row, data} = unit_done(unit, id, done, data)
+  defp completed(:running, %{work: {:unit, _unit, id}} = step, {:ok, done}, data) do
+    {row, data} = unit_done(step, done, data)
     Events.unit_done(data, step, row)
     settle(data, id)
   end
@@ -317,7 +317,8 @@ defmodule VivaTensor.Job.Machine do
   end
 
   # What an earlier job recorded counts if it is still there.
-  defp completed(:running, %{work: {:recall, unit, id, {:unit, %{row: row}}}}, {:ok, true}, data) do
+  defp completed(:running, %{work: {:recall, unit, id, {:unit, was}}} = step, {:ok, true}, data) do
+    row = Span.put(was.row, step, data.started)
     Events.notify(data, {:unit, row})
     %{data | tally: Tally.done(data.tally, id, unit, row)} |> settle(id)
   end
@@ -443,8 +444,8 @@ defmodule VivaTensor.Job.Machine do
 
   # Shards
 
-  defp unit_done(unit, id, {stats, source_hash, parts}, data) do
-    row = Report.row(unit, stats)
+  defp unit_done(%{work: {:unit, unit, id}} = step, {stats, source_hash, parts}, data) do
+    row = unit |> Report.row(stats) |> Span.put(step, data.started)
     record = {:unit, id, unit.name, %{row: row, source_hash: source_hash, parts: parts}}
     ledger = Ledger.add(data.ledger, record, data.tally.shards[id])
     {row, %{data | ledger: ledger, tally: Tally.done(data.tally, id, unit, row)}}

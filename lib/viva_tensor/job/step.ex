@@ -8,11 +8,24 @@ defmodule VivaTensor.Job.Step do
   too long can be asked to leave without any other.
   """
 
-  alias VivaTensor.Job.{Ledger, Manifest, Observation, Resumption, Shard, Unit, Workers}
+  alias VivaTensor.Job.{Ledger, Manifest, Observation, Resumption, Shard, Span}
+  alias VivaTensor.Job.{Unit, Workers}
   alias VivaTensor.Native
 
   @enforce_keys [:work, :bytes]
-  defstruct [:work, :bytes, :ticket, :cancel, :pid, :timer, :started, attempt: 1, overdue: false]
+  defstruct [
+    :work,
+    :bytes,
+    :ticket,
+    :cancel,
+    :pid,
+    :timer,
+    :slot,
+    :started,
+    :ended,
+    attempt: 1,
+    overdue: false
+  ]
 
   @type work ::
           :plan
@@ -29,7 +42,9 @@ defmodule VivaTensor.Job.Step do
           cancel: reference | nil,
           pid: pid | nil,
           timer: reference | nil,
+          slot: non_neg_integer | nil,
           started: integer | nil,
+          ended: integer | nil,
           attempt: pos_integer,
           overdue: boolean
         }
@@ -60,25 +75,28 @@ defmodule VivaTensor.Job.Step do
   def armed(step), do: %{step | cancel: Native.cancel_flag(), overdue: false}
 
   @doc """
-  Begins a step in a worker of its own: what the worker's messages are known by, and the
-  step. After `timeout` milliseconds comes `{:overdue, ref}`, if time is limited for it.
+  Begins a step in a worker of its own, in the first slot that no `running` step has: what
+  the worker's messages are known by, and the step. After `timeout` milliseconds comes
+  `{:overdue, ref}`, if time is limited for it.
   """
-  @spec begin(t, (() -> term), timeout) :: {reference, t}
-  def begin(step, fun, timeout) do
+  @spec begin(t, (() -> term), timeout, %{reference => t}) :: {reference, t}
+  def begin(step, fun, timeout, running) do
     task = Task.Supervisor.async_nolink(Workers, fun)
 
     timer =
       if timed?(step) and timeout != :infinity,
         do: Process.send_after(self(), {:overdue, task.ref}, timeout)
 
-    {task.ref, %{step | pid: task.pid, timer: timer, started: System.monotonic_time()}}
+    slot = Span.free_slot(Map.values(running))
+    started = System.monotonic_time()
+    {task.ref, %{step | pid: task.pid, timer: timer, slot: slot, started: started}}
   end
 
   @doc "What is left of a step when its worker has returned."
   @spec ended(t) :: t
   def ended(step) do
     if step.timer, do: Process.cancel_timer(step.timer)
-    %{step | ticket: nil, pid: nil, timer: nil}
+    %{step | ticket: nil, pid: nil, timer: nil, ended: System.monotonic_time()}
   end
 
   @doc "The step, to be tried once more."
