@@ -72,6 +72,11 @@ defmodule VivaTensor.Test.Jobs do
   @doc "The row of that name."
   def row(report, name), do: Enum.find(report.tensors, &(&1.name == name))
 
+  @doc "The rows of a report without the times and workers of its job."
+  def figures(report) do
+    for row <- report.tensors, do: Map.drop(row, [:worker, :began, :ended, :attempt, :verified])
+  end
+
   @doc "The target and nothing beside it: no temporary output is left."
   def assert_only(dir, names), do: assert(dir |> File.ls!() |> Enum.sort() == Enum.sort(names))
 
