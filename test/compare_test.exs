@@ -8,6 +8,7 @@ defmodule CompareTest do
 
   doctest VivaTensor.Compare
   doctest VivaTensor.Plot
+  doctest VivaTensor.Plot.Axis
   doctest VivaTensor.CLI.Compare
 
   @model "examples/models/viva-tiny"

@@ -28,7 +28,7 @@ defmodule VivaTensor.JobTest do
       assert row(report, "model.embed_tokens.weight").reason == "embedding"
 
       assert_only(dir, ["nf4"])
-      assert_only(to, ~w(config.json model.safetensors report.json tokenizer.json))
+      assert_only(to, ~w(config.json model.safetensors report.html report.json tokenizer.json))
 
       size = File.stat!(Path.join(to, "model.safetensors")).size
       assert [%{name: "model.safetensors", bytes: ^size}] = report.files

@@ -46,7 +46,7 @@ defmodule VivaTensor.MixTasksTest do
       argv = [@model, "--to", to, "--format", "q4_k", "--max-shard-size", "100KB"]
       assert {0, stdout, _} = task(Quantize, argv)
       assert stdout =~ "q4_k in gguf layout"
-      assert to |> File.ls!() |> Enum.sort() == ["model.gguf", "report.json"]
+      assert to |> File.ls!() |> Enum.sort() == ["model.gguf", "report.html", "report.json"]
 
       source = Checkpoint.open!(@model)
       written = Checkpoint.open!(to)

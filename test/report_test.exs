@@ -1,5 +1,6 @@
 defmodule VivaTensor.ReportTest do
   use ExUnit.Case, async: true
+  doctest VivaTensor.Report
   doctest VivaTensor.Size
   doctest VivaTensor.Table
 

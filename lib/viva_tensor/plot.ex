@@ -8,6 +8,9 @@ defmodule VivaTensor.Plot do
       true
   """
 
+  alias VivaTensor.Markup
+  alias VivaTensor.Plot.Axis
+
   @width 960
   @height 600
   @left 72
@@ -78,7 +81,7 @@ defmodule VivaTensor.Plot do
 
     [
       ~s(<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 #{@width} #{@height}" ),
-      ~s(class="viva-plot" role="img" aria-label="#{escape(options[:title] || "plot")}">\n),
+      ~s(class="viva-plot" role="img" aria-label="#{Markup.escape(options[:title] || "plot")}">\n),
       ["<style>\n", @style, colours(series), "</style>\n"],
       ~s(<rect width="#{@width}" height="#{@height}" fill="var(--ground\)"/>\n),
       text(@left, 28, :start, "title", options[:title] || ""),
@@ -93,56 +96,26 @@ defmodule VivaTensor.Plot do
 
   # Axes
 
-  # From values to pixels: over what range, and where the ticks are.
-  defp axis([], log?, from, to), do: axis([1], log?, from, to)
+  # Over which pixels an axis goes.
+  defp axis(values, log?, from, to), do: {Axis.new(values, log: log?), from, to}
 
-  defp axis(values, log?, from, to) do
-    {least, most} = Enum.min_max(values)
-    scale = if log?, do: &:math.log/1, else: &(&1 / 1)
-    span = max(scale.(most) - scale.(least), if(log?, do: 0.2, else: 1.0e-9 + abs(most) / 10))
-    low = scale.(least) - span * 0.07
-    high = scale.(most) + span * 0.07
-    back = if log?, do: &:math.exp/1, else: & &1
-    ticks = ticks(back.(low), back.(high), log?)
-    %{scale: scale, low: low, high: high, from: from, to: to, ticks: ticks}
-  end
-
-  defp at(axis, value) do
-    part = (axis.scale.(value) - axis.low) / (axis.high - axis.low)
-    Float.round(axis.from + part * (axis.to - axis.from), 2)
-  end
-
-  defp ticks(low, high, false), do: even_ticks(low, high)
-
-  defp ticks(low, high, true) do
-    [[1, 2, 5], Enum.to_list(1..9)]
-    |> Enum.map(fn digits ->
-      for power <- floor(:math.log10(low))..ceil(:math.log10(high)),
-          digit <- digits,
-          tick = digit * :math.pow(10, power),
-          tick >= low and tick <= high,
-          do: tick
-    end)
-    |> Enum.find(even_ticks(low, high), &(length(&1) >= 4))
-  end
-
-  # Multiples of 1, 2 or 5 times a power of ten, some six of them.
-  defp even_ticks(low, high) do
-    raw = (high - low) / 6
-    power = :math.pow(10, floor(:math.log10(raw)))
-    step = power * Enum.find([1, 2, 5, 10], &(&1 * power >= raw))
-    for n <- ceil(low / step)..floor(high / step)//1, do: n * step
+  defp at({axis, from, to}, value) do
+    Float.round(from + Axis.part(axis, value) * (to - from), 2)
   end
 
   defp grid(xs, ys, options) do
+    {{%{ticks: x_ticks}, _, _}, {%{ticks: y_ticks}, _, _}} = {xs, ys}
     {middle, bottom} = {div(@left + @width - @right, 2), @height - @bottom}
 
     [
-      for tick <- xs.ticks, x = at(xs, tick) do
-        [line(x, @top, x, bottom), text(x, bottom + 18, :middle, "tick", number(tick))]
+      for tick <- x_ticks, x = at(xs, tick) do
+        [line(x, @top, x, bottom), text(x, bottom + 18, :middle, "tick", Axis.number(tick))]
       end,
-      for tick <- ys.ticks, y = at(ys, tick) do
-        [line(@left, y, @width - @right, y), text(@left - 8, y + 4, :end, "tick", number(tick))]
+      for tick <- y_ticks, y = at(ys, tick) do
+        [
+          line(@left, y, @width - @right, y),
+          text(@left - 8, y + 4, :end, "tick", Axis.number(tick))
+        ]
       end,
       text(middle, @height - 14, :middle, "axis", options[:x] || ""),
       ~s(<g transform="rotate(-90 18 #{div(@top + bottom, 2)}\)">),
@@ -207,11 +180,11 @@ defmodule VivaTensor.Plot do
   defp mark(point, series) do
     index = Enum.find_index(series, &(&1 == point.series))
     opacity = if point.front, do: 1, else: 0.45
-    title = "#{point.label}: #{number(point.x)}, #{number(point.y)}"
+    title = "#{point.label}: #{Axis.number(point.x)}, #{Axis.number(point.y)}"
 
     [
-      circle(point.cx, point.cy, "s#{index}", opacity),
-      "<title>#{escape(title)}</title></circle>\n"
+      circle(point.cx, point.cy, "mark s#{index}", opacity),
+      "<title>#{Markup.escape(title)}</title></circle>\n"
     ]
   end
 
@@ -264,23 +237,6 @@ defmodule VivaTensor.Plot do
   defp width(text), do: round(@character * String.length(text))
 
   defp text(x, y, anchor, class, text) do
-    ~s(<text x="#{x}" y="#{y}" text-anchor="#{anchor}" class="#{class}">#{escape(text)}</text>\n)
-  end
-
-  # Four digits, without the zeros that say nothing.
-  defp number(value) when value == 0, do: "0"
-
-  defp number(value) do
-    digits = max(0, 3 - floor(:math.log10(abs(value))))
-    text = :erlang.float_to_binary(value / 1, decimals: min(digits, 12))
-    if text =~ ".", do: text |> String.trim_trailing("0") |> String.trim_trailing("."), else: text
-  end
-
-  defp escape(text) do
-    text
-    |> String.replace("&", "&amp;")
-    |> String.replace("<", "&lt;")
-    |> String.replace(">", "&gt;")
-    |> String.replace("\"", "&quot;")
+    ~s(<text x="#{x}" y="#{y}" text-anchor="#{anchor}" class="#{class}">#{Markup.escape(text)}</text>\n)
   end
 end

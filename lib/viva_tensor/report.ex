@@ -333,10 +333,8 @@ defmodule VivaTensor.Report do
     end
   end
 
-  # "model.layers.11.mlp.up_proj.weight" belongs to "model.layers.*.mlp.up_proj.weight"
   defp group_key(row) do
-    name = Regex.replace(~r/(?<=^|\.)\d+(?=\.|$)/, row.name, "*")
-    {name, row.dtype, row.shape, row.action, row[:format], row.reason, row[:lossless]}
+    {kind(row.name), row.dtype, row.shape, row.action, row[:format], row.reason, row[:lossless]}
   end
 
   defp table_row({name, [row | _] = rows}) do
@@ -363,6 +361,34 @@ defmodule VivaTensor.Report do
   defp stored_as(%{action: :keep, reason: reason}), do: "kept: #{reason}"
   defp stored_as(%{format: format, reason: nil}), do: format
   defp stored_as(%{format: format, reason: reason}), do: "#{format}: #{reason}"
+
+  @doc """
+  What a tensor is called in every layer.
+
+      iex> VivaTensor.Report.kind("model.layers.11.mlp.up_proj.weight")
+      "model.layers.*.mlp.up_proj.weight"
+  """
+  @spec kind(String.t()) :: String.t()
+  def kind(name), do: Regex.replace(~r/(?<=^|\.)\d+(?=\.|$)/, name, "*")
+
+  @doc """
+  The layer of a tensor: its name up to the first number, or else all but the last part.
+
+      iex> for name <- ["model.layers.11.mlp.up_proj.weight", "model.norm.weight", "bias"] do
+      ...>   VivaTensor.Report.layer(name)
+      ...> end
+      ["model.layers.11", "model.norm", "bias"]
+  """
+  @spec layer(String.t()) :: String.t()
+  def layer(name) do
+    parts = String.split(name, ".")
+
+    case Enum.find_index(parts, &(&1 =~ ~r/^\d+$/)) do
+      nil when length(parts) == 1 -> name
+      nil -> parts |> Enum.drop(-1) |> Enum.join(".")
+      index -> parts |> Enum.take(index + 1) |> Enum.join(".")
+    end
+  end
 
   # Totals
 

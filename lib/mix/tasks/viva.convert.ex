@@ -9,9 +9,9 @@ defmodule Mix.Tasks.Viva.Convert do
   SOURCE is a `.safetensors` or `.gguf` file, a sharded directory with its index, or a
   Hugging Face model directory, in any layout that is read. DIR is created, complete
   or not at all, with the weights, the config that says how to load them, the
-  tokenizer files of SOURCE and a `report.json`. In the gguf layout the weights, the
-  config and the tokenizer are one file, `model.gguf`; out of it they are restored,
-  the tokenizer where it is byte-level BPE.
+  tokenizer files of SOURCE and a report, `report.json` and in pictures `report.html`.
+  In the gguf layout the weights, the config and the tokenizer are one file,
+  `model.gguf`; out of it they are restored, the tokenizer where it is byte-level BPE.
 
   Codes are kept wherever the layout has a format with the same values, and the report
   then says `lossless`: both decode to the same f32, bit for bit, zeros of both signs

@@ -9,8 +9,8 @@ defmodule Mix.Tasks.Viva.Quantize do
   SOURCE is a `.safetensors` or `.gguf` file, a sharded directory with its index, or a
   Hugging Face model directory. DIR is created, complete or not at all, with the
   weights, the config that says how to load them, the tokenizer files of SOURCE
-  and a `report.json`. In the gguf layout the weights, the config and the tokenizer
-  are one file, `model.gguf`.
+  and a report, `report.json` and in pictures `report.html`. In the gguf layout the
+  weights, the config and the tokenizer are one file, `model.gguf`.
 
   ## Flags
 

@@ -168,9 +168,7 @@ defmodule VivaTensor.CLI.Jobs do
   defp now, do: System.monotonic_time(:millisecond)
 
   defp report(to) do
-    places = [to | for({:ok, unfinished} <- [Unfinished.of(to)], do: unfinished.directory)]
-    paths = for place <- places, do: Path.join(place, "report.json")
-    path = Enum.find(paths, hd(paths), &File.exists?/1)
+    path = CLI.Report.file(to)
     path |> File.read() |> FileError.wrap(:output, path)
   end
 

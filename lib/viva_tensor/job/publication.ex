@@ -5,12 +5,13 @@ defmodule VivaTensor.Job.Publication do
   appears under its own name.
   """
 
-  alias VivaTensor.{Error, Native, Recipe, Report}
+  alias VivaTensor.{Error, Native, Page, Recipe, Report}
   alias VivaTensor.Job.{FileError, Identity, Ledger, Options, Plan, Shard, Tally}
 
   @config "config.json"
   @index "model.safetensors.index.json"
   @report "report.json"
+  @page "report.html"
 
   @typedoc "What is needed of a job."
   @type job :: %{
@@ -97,6 +98,10 @@ defmodule VivaTensor.Job.Publication do
     with {:ok, json} <-
            report |> Report.to_map() |> Native.json_encode(true) |> Error.wrap(:output),
          {:ok, _} <- write(output, @report, json),
+         # The page is of the file, as `mix viva.report` draws it again.
+         {:ok, data} <- json |> Native.json_decode() |> Error.wrap(:output),
+         {:ok, page} <- Page.render(data),
+         {:ok, _} <- write(output, @page, IO.iodata_to_binary(page)),
          do: {:ok, report}
   end
 
@@ -179,7 +184,7 @@ defmodule VivaTensor.Job.Publication do
   # A report in the source is of another job.
   defp carry_companions(output, plan, but) do
     plan.checkpoint.companions
-    |> Enum.reject(&(&1.relative == @report or &1.relative in but))
+    |> Enum.reject(&(&1.relative in [@report, @page | but]))
     |> each(&carry(output, &1))
   end
 

@@ -1,0 +1,251 @@
+defmodule VivaTensor.Page.Job do
+  @moduledoc """
+  The page of a job's report: what `report.json` holds, in pictures.
+  """
+
+  import VivaTensor.Markup, only: [element: 2, element: 3]
+  import VivaTensor.Page.Parts
+
+  alias VivaTensor.Page.{Quality, Sizes, Timeline}
+
+  # Rows of the table: a page of more is slow in any browser.
+  @most_rows 5_000
+
+  @doc "Whether data is the report of a job."
+  @spec shows?(term) :: boolean
+  def shows?(%{"recipe" => %{}, "files" => files, "tensors" => tensors} = data)
+      when is_list(files) and is_list(tensors) do
+    Enum.all?(~w(input_bytes output_bytes), &is_integer(data[&1])) and
+      is_number(data["seconds"]) and is_number(data["bytes_per_second"]) and
+      Enum.all?(tensors, &row?/1)
+  end
+
+  def shows?(_data), do: false
+
+  defp row?(%{"name" => name, "input_bytes" => a, "output_bytes" => b} = row),
+    do: is_binary(name) and is_integer(a) and is_integer(b) and is_binary(row["action"])
+
+  defp row?(_other), do: false
+
+  @doc "Its title, and its sections."
+  @spec page(map) :: VivaTensor.Page.page()
+  def page(report) do
+    rows = report["tensors"]
+
+    ids =
+      for {row, index} <- Enum.with_index(Enum.take(rows, @most_rows)),
+          into: %{},
+          do: {row["name"], "t#{index}"}
+
+    href = fn row -> ids[row["name"]] && "##{ids[row["name"]]}" end
+    aside = list(report["quarantined"])
+
+    %{
+      title: "#{base(report["source"])} → #{base(report["target"])}",
+      lead: [
+        element("p", [class: "lead"], about(report["recipe"])),
+        if(aside != [],
+          do:
+            element("p", [class: "warning"], [
+              element("strong", [], "Partial: "),
+              "#{plural(length(aside), "tensor")} could not be done; nothing was published."
+            ])
+        )
+      ],
+      sections: [
+        overview(report),
+        put_aside(aside),
+        Sizes.section(rows),
+        Quality.section(rows, href),
+        Timeline.section(rows, report["seconds"], href),
+        kept(rows),
+        tensors(rows, ids)
+      ],
+      footer: [
+        paths(report),
+        versions(report["versions"])
+      ]
+    }
+  end
+
+  defp base(path) when is_binary(path), do: Path.basename(path)
+  defp base(_path), do: "?"
+
+  defp list(list) when is_list(list), do: Enum.filter(list, &is_map/1)
+  defp list(_other), do: []
+
+  defp about(recipe) do
+    settings =
+      for {key, value} <-
+            Enum.sort(Map.merge(recipe["settings"] || %{}, Map.take(recipe, ["dtype"]))),
+          value not in [nil, false],
+          do: if(value == true, do: key, else: "#{key} #{text(value)}")
+
+    format = recipe["format"] && "#{text(recipe["format"])} in "
+    Enum.join(["#{format}#{text(recipe["layout"])} layout" | settings], ", ")
+  end
+
+  defp text(value) when is_binary(value) or is_number(value), do: to_string(value)
+  defp text(value), do: inspect(value)
+
+  # At a glance
+
+  defp overview(report) do
+    {before, now} = {report["input_bytes"], report["output_bytes"]}
+    counted = for n <- [report["quantized"], report["kept"]], is_integer(n), do: n
+
+    section("overview", "At a glance", nil, [
+      tiles(
+        Enum.filter(
+          [
+            {"On disk before", size(before), nil},
+            {"On disk after", size(now), saved(before, now)},
+            if(is_number(report["bits_per_weight"]),
+              do: {"Bits per weight", decimals(report["bits_per_weight"], 3), "quantized tensors"}
+            ),
+            if(is_number(report["sqnr_db"]),
+              do: {"SQNR", [decimals(report["sqnr_db"], 2), " dB"], lowest(report["worst"])}
+            ),
+            if(is_integer(report["lossless"]),
+              do: {"Lossless", count(report["lossless"]), "of the converted tensors"}
+            ),
+            if(length(counted) == 2,
+              do:
+                {"Tensors", count(Enum.sum(counted)),
+                 "#{Enum.at(counted, 0)} quantized, #{Enum.at(counted, 1)} kept"}
+            ),
+            {"Time", time(report["seconds"]), "#{size(round(report["bytes_per_second"]))}/s"}
+          ],
+          & &1
+        )
+      ),
+      whole(before, now)
+    ])
+  end
+
+  defp saved(before, now) when now <= before and now > 0,
+    do: "#{decimals(before / now, 2)}x smaller"
+
+  defp saved(before, now), do: "#{decimals(now / max(before, 1), 2)}x larger"
+
+  defp lowest(%{"sqnr_db" => lowest}) when is_number(lowest),
+    do: "lowest #{decimals(lowest, 2)} dB"
+
+  defp lowest(_worst), do: nil
+
+  defp whole(before, now) do
+    widest = max(max(before, now), 1)
+
+    drawing(14, [
+      element("rect", class: "before", width: percent(before / widest), height: 14, rx: 3),
+      element("rect", class: "quantized", width: percent(now / widest), height: 14, rx: 3)
+    ])
+  end
+
+  # Tensors
+
+  defp put_aside([]), do: nil
+
+  defp put_aside(aside) do
+    columns = [{"tensor", :text}, {"reason", :text}, {"attempts", :number}]
+
+    rows =
+      for row <- aside,
+          do: {[], [code(text(row["name"])), text(row["reason"]), text(row["attempts"])]}
+
+    section("aside", "Put aside", "Tensors that no attempt could do.", [
+      table("Tensors that were put aside", columns, rows)
+    ])
+  end
+
+  defp kept(rows) do
+    by_reason = rows |> Enum.filter(&(&1["action"] == "keep")) |> Enum.group_by(& &1["reason"])
+    columns = [{"reason", :text}, {"tensors", :number}, {"bytes", :number}]
+
+    rows =
+      for {reason, rows} <- Enum.sort_by(by_reason, fn {_, rows} -> -bytes(rows) end),
+          do: {[], [text(reason || "not quantized"), count(length(rows)), size(bytes(rows))]}
+
+    if rows != [] do
+      section("kept", "Kept as they were", nil, table("Kept tensors, by reason", columns, rows))
+    end
+  end
+
+  defp bytes(rows), do: rows |> Enum.map(& &1["output_bytes"]) |> Enum.sum()
+
+  defp tensors(rows, ids) do
+    shown = Enum.take(rows, @most_rows)
+
+    note =
+      if length(rows) > @most_rows,
+        do: "The first #{count(@most_rows)} of #{count(length(rows))}; report.json has all."
+
+    columns = [
+      {"tensor", :text},
+      {"dtype", :text},
+      {"shape", :text},
+      {"stored as", :text},
+      {"before", :number},
+      {"after", :number},
+      {"bits/w", :number},
+      {"SQNR dB", :number},
+      {"time", :number}
+    ]
+
+    section("tensors", "Every tensor", note, [
+      table("Every tensor", columns, for(row <- shown, do: {[id: ids[row["name"]]], cells(row)}))
+    ])
+  end
+
+  defp cells(row) do
+    [
+      code(row["name"]),
+      [row["from"] && "#{text(row["from"])} ", text(row["dtype"])],
+      row["shape"] |> List.wrap() |> Enum.map_join("×", &text/1),
+      stored_as(row),
+      size(row["input_bytes"]),
+      size(row["output_bytes"]),
+      decimals(row["bits_per_weight"], 3),
+      if(row["lossless"] == true, do: "lossless", else: decimals(row["sqnr_db"], 2)),
+      if(is_number(row["began"]) and is_number(row["ended"]),
+        do: time(row["ended"] - row["began"])
+      )
+    ]
+  end
+
+  defp stored_as(%{"action" => "keep", "reason" => reason}) when is_binary(reason),
+    do: "kept: #{reason}"
+
+  defp stored_as(%{"action" => "keep"}), do: "kept"
+  defp stored_as(%{"format" => format, "reason" => nil}), do: text(format)
+
+  defp stored_as(%{"format" => format, "reason" => reason}),
+    do: "#{text(format)}: #{text(reason)}"
+
+  defp stored_as(row), do: row["action"]
+
+  defp code(name), do: element("code", [], name)
+
+  # Where it is from
+
+  defp paths(report) do
+    element("p", [], [
+      code(text(report["source"])),
+      " → ",
+      code(text(report["target"])),
+      if(is_binary(report["identity"]),
+        do: [", identity ", code(String.slice(report["identity"], 0, 12))]
+      )
+    ])
+  end
+
+  defp versions(%{"viva_tensor" => version} = versions) do
+    element(
+      "p",
+      [],
+      "viva_tensor #{text(version)}, Elixir #{text(versions["elixir"])}, OTP #{text(versions["otp"])}"
+    )
+  end
+
+  defp versions(_none), do: nil
+end

@@ -1,0 +1,93 @@
+defmodule VivaTensor.Page.Timeline do
+  @moduledoc """
+  When each unit was done: a lane for each worker, a bar for each unit.
+  """
+
+  import VivaTensor.Markup, only: [element: 2]
+  import VivaTensor.Page.Parts
+
+  alias VivaTensor.Plot.Axis
+
+  @most 2_000
+  @most_workers 200
+  # So that the shortest unit can be seen.
+  @least_width 0.0015
+  @height 20
+
+  @doc """
+  The section of these rows of a report, whose job took so many seconds; `href` is where
+  a row leads to.
+  """
+  @spec section([map], number, (map -> String.t() | nil)) :: VivaTensor.Page.Parts.section()
+  def section(rows, seconds, href) do
+    case Enum.filter(rows, &timed?/1) do
+      [] -> nil
+      timed -> drawn(timed, seconds, href)
+    end
+  end
+
+  defp timed?(row), do: is_number(row["began"]) and is_number(row["ended"])
+
+  defp drawn(timed, seconds, href) do
+    {units, note} = at_most(timed, @most, &length_of/1, "the longest units")
+    lanes = Enum.group_by(units, &{&1["node"], &1["worker"]})
+    {lanes, more} = at_most(Enum.sort(lanes), @most_workers, &busy/1, "the busiest workers")
+    axis = Axis.new([0 | Enum.map(timed, & &1["ended"])] ++ [seconds], margin: 0)
+
+    about =
+      "What each of #{plural(lane_count(timed), "worker")} did when, in seconds since the " <>
+        "job began."
+
+    again = if Enum.any?(timed, & &1["verified"]), do: [{"verified", "done before, verified"}]
+    names = legend([{"quantized", "quantized"}, {"kept", "kept"} | again || []])
+
+    section("time", "Time line", "#{about}#{note}#{more}", [
+      names,
+      plot("Time line of units by worker", [
+        rows(for {worker, units} <- lanes, do: lane(worker, units, axis, href)),
+        rows([{nil, scale(axis, "seconds"), nil}])
+      ])
+    ])
+  end
+
+  defp lane_count(timed), do: timed |> Enum.uniq_by(&{&1["node"], &1["worker"]}) |> length()
+
+  defp length_of(row), do: row["ended"] - row["began"]
+  defp busy({_worker, units}), do: units |> Enum.map(&length_of/1) |> Enum.sum()
+
+  defp lane({node, worker} = id, units, axis, href) do
+    bars = for unit <- Enum.sort_by(units, & &1["began"]), do: bar(unit, axis, href)
+    busy = time(busy({id, units}))
+    {Enum.join(List.wrap(node) ++ ["worker #{worker}"], " "), lane_drawing(axis, bars), busy}
+  end
+
+  defp lane_drawing(axis, bars) do
+    drawing(@height + 6, [grid(axis), bars])
+  end
+
+  defp bar(unit, axis, href) do
+    from = Axis.part(axis, unit["began"])
+    width = max(Axis.part(axis, unit["ended"]) - from, @least_width)
+    from = min(from, 1 - @least_width)
+    {x, width} = {percent(from), percent(width)}
+
+    title =
+      "#{unit["name"]}: #{what(unit)} in #{time(length_of(unit))}, " <>
+        "from #{time(unit["began"])} to #{time(unit["ended"])}#{attempt(unit["attempt"])}"
+
+    shape = element("rect", class: class(unit), x: x, y: 3, width: width, height: @height)
+    mark(title, href.(unit), shape)
+  end
+
+  defp class(%{"verified" => true}), do: "verified"
+  defp class(%{"action" => "keep"}), do: "kept"
+  defp class(_row), do: "quantized"
+
+  defp what(%{"verified" => true}), do: "verified"
+  defp what(%{"action" => "keep"}), do: "kept"
+  defp what(%{"action" => "convert"}), do: "converted"
+  defp what(_row), do: "quantized"
+
+  defp attempt(n) when is_integer(n) and n > 1, do: ", attempt #{n}"
+  defp attempt(_first), do: nil
+end
