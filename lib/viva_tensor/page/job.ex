@@ -147,7 +147,7 @@ defmodule VivaTensor.Page.Job do
   defp put_aside([]), do: nil
 
   defp put_aside(aside) do
-    columns = [{"tensor", :text}, {"reason", :text}, {"attempts", :number}]
+    columns = [{"tensor", :text}, {"reason", :long}, {"attempts", :number}]
 
     rows =
       for row <- aside,

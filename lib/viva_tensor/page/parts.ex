@@ -36,8 +36,8 @@ defmodule VivaTensor.Page.Parts do
     )
   end
 
-  @typedoc "A column: its title, and whether it holds numbers."
-  @type column :: {String.t(), :text | :number}
+  @typedoc "A column: its title, and what it holds: short words, a text that may need lines, or numbers."
+  @type column :: {String.t(), :text | :long | :number}
 
   @doc "A table that scrolls by itself where it is wider than the page. Rows are `{attributes, cells}`."
   @spec table(String.t(), [column], [{keyword, [Markup.content()]}]) :: Markup.element()
@@ -65,6 +65,7 @@ defmodule VivaTensor.Page.Parts do
   end
 
   defp class(:number), do: "number"
+  defp class(:long), do: "long"
   defp class(:text), do: nil
 
   @doc "What the colours of a plot say."

@@ -56,8 +56,10 @@ defmodule VivaTensor.Page.Quality do
     {kind, drawing(26, [grid(axis), dots]), range(lowest, List.last(rows))}
   end
 
-  defp range(row, row), do: decimals(row["sqnr_db"], 2)
-
-  defp range(lowest, highest),
-    do: "#{decimals(lowest["sqnr_db"], 2)} – #{decimals(highest["sqnr_db"], 2)}"
+  defp range(lowest, highest) do
+    case for row <- [lowest, highest], do: decimals(row["sqnr_db"], 2) do
+      [same, same] -> same
+      [low, high] -> "#{low} – #{high}"
+    end
+  end
 end
