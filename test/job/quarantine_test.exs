@@ -103,17 +103,15 @@ defmodule VivaTensor.Job.QuarantineTest do
     flag = Native.cancel_flag()
     assert Native.cancel_calls(flag) == 0
     Native.cancel(flag)
-    path = Path.join(Directory.create!(), "out")
-    {:ok, output} = Native.output_create(path, false, [])
+    path = Path.join(Directory.create!(), "shard-0")
     {:ok, checkpoint} = Native.checkpoint_open(@model)
     {:ok, spec} = Native.spec_new(:int8, [], nil)
     tensors = [{"model.norm.weight", :keep}]
-    {:ok, shard} = Native.shard_create(output, "shard-0", spec.ref, tensors, checkpoint.ref, %{})
+    {:ok, shard} = Native.shard_create(path, nil, spec.ref, tensors, checkpoint.ref, %{})
 
     assert {:error, {:cancelled, _, _}} =
              Native.unit_keep(checkpoint.ref, "model.norm.weight", spec.ref, nil, shard, flag)
 
     assert Native.cancel_calls(flag) == 0
-    Native.output_abort(output)
   end
 end

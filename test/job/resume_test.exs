@@ -6,9 +6,9 @@ defmodule VivaTensor.Job.ResumeTest do
   import VivaTensor.Test.Jobs
   import VivaTensor.Test.Faults, only: [flip: 2]
 
-  alias VivaTensor.{Calibration, Error, Job, Native, Report, Telemetry}
+  alias VivaTensor.{Calibration, Error, Job, Native, Report, Telemetry, Tensor}
   alias VivaTensor.Job.Manifest
-  alias VivaTensor.Test.{Directory, Safetensors}
+  alias VivaTensor.Test.{Directory, Faults, Safetensors}
 
   @model "examples/models/viva-tiny"
 
@@ -104,6 +104,48 @@ defmodule VivaTensor.Job.ResumeTest do
       assert {:error, %Error{reason: {:invalid_option, %{option: "statistics"}}}} = resume(to)
       assert {:ok, _} = resume(to, statistics: Calibration.load!(file))
       assert digests(to) == digests(c.calm)
+    end
+
+    test "with scales that were chosen before, if their weights are what they were", c do
+      source = Path.join(c.dir, "source")
+      File.cp_r!(@model, source)
+      only = "^(?!.*1\\.mlp\\.)"
+      seen = Path.join(c.dir, "seen.safetensors")
+      statistics!(seen, "model.layers.1.mlp.", gate_proj: 256, up_proj: 256, down_proj: 512)
+      opts = [source: source, recipe: :awq_gptq, statistics: seen, exclude: only]
+      {:ok, calm} = run([to: c.calm] ++ opts)
+      assert Enum.count(calm.tensors, &((&1.reason || "") =~ "divided by scales")) > 0
+      interrupt!([to: c.to] ++ opts, 1)
+
+      file = Path.join(source, "model.safetensors")
+      content = File.read!(file)
+      {_, _, bytes} = Safetensors.read!(file)["model.layers.1.mlp.up_proj.weight"]
+      {at, _} = :binary.match(content, bytes)
+      File.write!(file, Faults.flip(content, at))
+      assert {:error, %Error{op: :source, reason: {:changed, _}} = error} = resume(c.to)
+      assert error.message =~ "model.layers.1.mlp.up_proj.weight"
+      assert error.message =~ "shares its scales"
+
+      File.write!(file, content)
+      assert {:ok, report} = resume(c.to)
+      assert digests(c.to) == digests(c.calm)
+      assert figures(report) == figures(calm)
+    end
+
+    defp statistics!(path, prefix, layers) do
+      calibration = Calibration.new(samples: 64)
+
+      for {layer, columns} <- layers do
+        draws = for <<x::little-float-32 <- Safetensors.normal(64 * columns, columns)>>, do: x
+        # A few columns that are worth a scale.
+        draws =
+          for {x, i} <- Enum.with_index(draws), do: if(rem(i, columns) < 8, do: 40 * x, else: x)
+
+        x = Tensor.from_list!(draws, :f32, [64, columns])
+        :ok = Calibration.add(calibration, prefix <> Atom.to_string(layer), x)
+      end
+
+      :ok = Calibration.save(calibration, path)
     end
 
     test "while a shard was written again without a weight", c do

@@ -282,8 +282,8 @@ defmodule VivaTensor.Job.Machine do
 
   defp completed(:planning, %{work: {:compare, _}}, {:ok, found}, data), do: begin(found, data)
 
-  defp completed(:scaling, %{work: {:search, _group}}, {:ok, notes}, data) do
-    searched(notes, data)
+  defp completed(:scaling, %{work: {:search, group}}, {:ok, {chosen, notes}}, data) do
+    searched(notes, chosen(group, chosen, data))
   end
 
   defp completed(:scaling, %{work: {:search, group}} = step, {:error, error}, data) do
@@ -417,6 +417,16 @@ defmodule VivaTensor.Job.Machine do
     largest = units |> Enum.map(& &1.input_bytes) |> Enum.max(fn -> 0 end)
     data = %{data | largest: largest, searches: length(plan.groups)}
     if data.searches == 0, do: run_units(data), else: next(:scaling, data)
+  end
+
+  defp chosen(group, chosen, %{found: found} = data) do
+    if is_map_key(found.scales, group) do
+      data
+    else
+      ledger = Ledger.add(data.ledger, {:scales, group, chosen})
+      scales = Map.put(found.scales, group, chosen)
+      record(%{data | found: %{found | scales: scales}, ledger: ledger})
+    end
   end
 
   defp searched(notes, data) do

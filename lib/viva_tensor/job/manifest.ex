@@ -12,6 +12,7 @@ defmodule VivaTensor.Job.Manifest do
 
   - `{:begin, %{identity:, options:, tensors:, bytes:}}` - what the job is to do, first
   - `{:resumed, identity}` - with what it was gone on with
+  - `{:scales, group, %{scales:, source_hash:}}` - what was chosen for a group of weights
   - `{:unit, shard, name, %{row:, source_hash:, parts:}}` - a finished unit; `parts`
     are `{tensor, sha256, content}`, the content of a tensor that the shard gets only
     when it is finished, `nil` for others
@@ -22,7 +23,7 @@ defmodule VivaTensor.Job.Manifest do
   """
 
   alias VivaTensor.Error
-  alias VivaTensor.Job.FileError
+  alias VivaTensor.Job.{FileError, Observation}
 
   @magic "viva_tensor manifest 1\n"
 
@@ -32,6 +33,7 @@ defmodule VivaTensor.Job.Manifest do
   @type entry ::
           {:begin, map}
           | {:resumed, map}
+          | {:scales, Observation.group(), Observation.chosen()}
           | {:unit, shard, String.t(), map}
           | {:kept, shard, String.t(), String.t()}
           | {:rewritten, shard, %{String.t() => String.t()}}

@@ -6,8 +6,8 @@ defmodule VivaTensor.Job.Observation do
 
   Scales are chosen for a group at once, before any unit runs, because a norm that is
   divided by them and the weights that are multiplied by them are units of their own.
-  They come from the source and the statistics alone, so a group that is searched
-  again gets the same ones.
+  They are recorded with a hash of what they were chosen from, and used again by a job
+  that goes on and by other nodes.
   """
 
   alias VivaTensor.{Calibration, Error, Native, Recipe}
@@ -49,20 +49,43 @@ defmodule VivaTensor.Job.Observation do
     Enum.sum(for unit <- readers, do: unit.input_bytes) + gram_bytes(hd(readers))
   end
 
+  @typedoc "Scales of a group, f32 in little-endian order, if there are any, and a hash of its tensors."
+  @type chosen :: %{scales: binary | nil, source_hash: binary}
+
   @doc """
-  Chooses the scales of a group. Returns what to add to the reason of some tensors.
+  Chooses the scales of a group and uses them. Returns them, and what to add to the
+  reason of some tensors.
   """
   @spec search(reference, reference, reference, group, reference) ::
-          {:ok, %{String.t() => String.t()}} | {:error, Error.t()}
-  def search(observed, checkpoint, spec, {_, _, readers} = group, cancel) do
+          {:ok, {chosen, %{String.t() => String.t()}}} | {:error, Error.t()}
+  def search(observed, checkpoint, spec, group, cancel) do
     result = Native.fold_search(observed, checkpoint, spec, group, cancel)
 
-    with {:ok, changed} <- Error.wrap(result, :statistics) do
-      case changed do
-        nil -> {:ok, Map.new(readers, &{&1, "no scales are better than none"})}
-        changed -> {:ok, Map.new(changed, &{&1, "divided by scales"})}
-      end
+    with {:ok, scales} <- Error.wrap(result, :statistics),
+         {:ok, notes} <- use_scales(observed, checkpoint, group, scales),
+         {:ok, hash} <- source_hash(checkpoint, group) do
+      {:ok, {%{scales: scales, source_hash: hash}, notes}}
     end
+  end
+
+  @doc "Uses scales that were chosen before. Returns what to add to the reason of some tensors."
+  @spec use_scales(reference, reference, group, binary | nil) ::
+          {:ok, %{String.t() => String.t()}} | {:error, Error.t()}
+  def use_scales(_observed, _checkpoint, {_, _, readers}, nil) do
+    {:ok, Map.new(readers, &{&1, "no scales are better than none"})}
+  end
+
+  def use_scales(observed, checkpoint, group, scales) do
+    result = Native.fold_use(observed, checkpoint, group, scales)
+
+    with {:ok, changed} <- Error.wrap(result, :statistics),
+         do: {:ok, Map.new(changed, &{&1, "divided by scales"})}
+  end
+
+  @doc "A hash of the tensors of a group, by which its scales are known again."
+  @spec source_hash(reference, group) :: {:ok, binary} | {:error, Error.t()}
+  def source_hash(checkpoint, {into, _rows?, readers}) do
+    checkpoint |> Native.source_hash([into | readers]) |> Error.wrap(:source)
   end
 
   @doc "What the report says of a group with weights that are not finite."

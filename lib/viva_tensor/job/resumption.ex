@@ -8,21 +8,22 @@ defmodule VivaTensor.Job.Resumption do
   """
 
   alias VivaTensor.{Error, Native}
-  alias VivaTensor.Job.{FileError, Identity, Manifest, Options, Plan}
+  alias VivaTensor.Job.{FileError, Identity, Manifest, Observation, Options, Plan}
 
-  defstruct at: 0, head: [], units: %{}, rewritten: %{}, published: nil
+  defstruct at: 0, head: [], scales: %{}, units: %{}, rewritten: %{}, published: nil
 
   @typedoc "A finished unit, or why a weight has to be kept."
   @type unit :: {:unit, map} | {:kept, String.t()}
 
   @typedoc """
-  `units` are finished ones and weights that have to be kept, by shard and name;
+  `scales` were chosen for groups of weights; `units` are finished ones and weights that have to be kept, by shard and name;
   `rewritten` shards were replaced by others; `published` is the report of a job that
   was interrupted after its output appeared.
   """
   @type t :: %__MODULE__{
           at: non_neg_integer,
           head: [Manifest.entry()],
+          scales: %{Observation.group() => Observation.chosen()},
           units: %{{Manifest.shard(), String.t()} => unit},
           rewritten: %{Manifest.shard() => %{String.t() => String.t()}},
           published: map | nil
@@ -76,6 +77,10 @@ defmodule VivaTensor.Job.Resumption do
   defp latest({:resumed, identity}, _was), do: identity
   defp latest(_record, was), do: was
 
+  defp add({:scales, group, chosen}, found) do
+    %{found | scales: Map.put(found.scales, group, chosen)}
+  end
+
   defp add({:unit, shard, name, unit}, found), do: put(found, shard, name, {:unit, unit})
   defp add({:kept, shard, name, reason}, found), do: put(found, shard, name, {:kept, reason})
 
@@ -96,8 +101,10 @@ defmodule VivaTensor.Job.Resumption do
         head = if was == now, do: [], else: [{:resumed, now}]
         {:ok, head}
 
-      {:look, touched} ->
-        with :ok <- same_content(found.units, touched, plan), do: {:ok, [{:resumed, now}]}
+      {:look, _touched} ->
+        with :ok <- same_scales(found.scales, plan),
+             :ok <- same_content(found.units, plan),
+             do: {:ok, [{:resumed, now}]}
 
       {:error, error} ->
         {:error, error}
@@ -105,11 +112,21 @@ defmodule VivaTensor.Job.Resumption do
   end
 
   # Scales that weights share come from all of them, finished or not.
-  defp same_content(_units, touched, %{groups: [_ | _]}) do
-    {:error, Identity.source_changed(for(name <- touched, do: {name, "was written to"}))}
+  defp same_scales(scales, plan) do
+    Enum.reduce_while(scales, :ok, fn {{into, _, _} = group, %{source_hash: was}}, :ok ->
+      case Observation.source_hash(plan.checkpoint.ref, group) do
+        {:ok, ^was} -> {:cont, :ok}
+        {:ok, _} -> {:halt, {:error, Identity.source_changed([{into, other_values(group)}])}}
+        error -> {:halt, error}
+      end
+    end)
   end
 
-  defp same_content(units, _touched, plan) do
+  defp other_values({_into, _rows?, readers}) do
+    "or one that shares its scales (#{Enum.join(readers, ", ")}) has other values"
+  end
+
+  defp same_content(units, plan) do
     conversion = conversion(plan.work)
 
     Enum.reduce_while(units, :ok, fn

@@ -100,14 +100,18 @@ defmodule VivaTensor.Job.Shard do
   defp create(shard, output, %{work: work, checkpoint: %{ref: source}}) do
     metadata = %{"format" => "pt"}
 
-    case work do
-      {:quantize, spec, _observed} ->
-        tensors = for unit <- shard.units, do: {unit.name, unit.action}
-        Native.shard_create(output, file(shard), spec, tensors, source, metadata)
+    with {:ok, directory} <- Native.output_path(output) do
+      path = Path.join(directory, file(shard))
 
-      {:convert, conversion} ->
-        names = for unit <- shard.units, do: unit.name
-        Native.conversion_shard(output, file(shard), conversion, names, source, metadata)
+      case work do
+        {:quantize, spec, _observed} ->
+          tensors = for unit <- shard.units, do: {unit.name, unit.action}
+          Native.shard_create(path, nil, spec, tensors, source, metadata)
+
+        {:convert, conversion} ->
+          names = for unit <- shard.units, do: unit.name
+          Native.conversion_shard(path, nil, conversion, names, source, metadata)
+      end
     end
   end
 

@@ -24,7 +24,21 @@ defmodule VivaTensor.Job.Worker do
 
   def prepare(%{work: {:search, group}, cancel: cancel}, job) do
     %{plan: %{checkpoint: %{ref: checkpoint}, work: {:quantize, spec, observed}}} = job
-    {:ok, fn -> Observation.search(observed, checkpoint, spec, group, cancel) end, job.tally}
+
+    choose =
+      case job.found.scales do
+        %{^group => chosen} ->
+          fn ->
+            with {:ok, notes} <-
+                   Observation.use_scales(observed, checkpoint, group, chosen.scales),
+                 do: {:ok, {chosen, notes}}
+          end
+
+        _ ->
+          fn -> Observation.search(observed, checkpoint, spec, group, cancel) end
+      end
+
+    {:ok, choose, job.tally}
   end
 
   def prepare(%{work: {:unit, unit, id}, cancel: cancel} = step, job) do

@@ -4,15 +4,14 @@
 mod parts;
 
 pub(crate) use parts::PartWriter;
-pub use parts::{Part, file_hash, source_hash, verify};
+pub use parts::{Part, accept, file_hash, source_hash, verify};
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::format::{Extremes, OptionValue, Quantized, Spec};
-use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, ShardWriter};
+use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, ShardFile, ShardWriter};
 use crate::layout::gguf::{self, RowOrder};
 use crate::layout::{self, Entries, Layout};
 use crate::method::calibrated::{self, Calibrated};
@@ -152,7 +151,7 @@ impl Target {
 
 /// Starts a shard for the planned tensors of a checkpoint.
 pub fn create_shard(
-    path: &Path,
+    at: impl Into<ShardFile>,
     source: &Checkpoint,
     target: Option<&Target>,
     planned: Vec<Planned>,
@@ -177,13 +176,13 @@ pub fn create_shard(
         }
     }
     let Some(whole) = whole else {
-        return ShardWriter::create(path, all.fixed, all.late, metadata);
+        return ShardWriter::create(at, all.fixed, all.late, metadata);
     };
     let metadata = whole.metadata(source, target.map(|t| &t.spec))?;
     let more = whole.more(source)?;
     all.fixed
         .extend(more.iter().map(|(entry, _)| entry.clone()));
-    let shard = ShardWriter::create(path, all.fixed, all.late, metadata)?;
+    let shard = ShardWriter::create(at, all.fixed, all.late, metadata)?;
     for (entry, bytes) in more {
         shard.write(&entry.name, &bytes)?;
     }

@@ -211,7 +211,9 @@ fn compress(source: &Checkpoint, target: &Target, seen: Calibration) -> (Weights
     let groups = fold::groups(source, target, &names).groups;
     // Any order, and a second time.
     for group in groups.iter().chain(groups.iter().rev()) {
-        observed.search(source, target, group, &cancel).unwrap();
+        if let Some(scales) = observed.search(source, target, group, &cancel).unwrap() {
+            observed.fold(source, group, scales).unwrap();
+        }
     }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.safetensors");

@@ -5,12 +5,14 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
 use rustler::{Atom, Encoder, Env, Term};
+use viva_core::Error;
 use viva_core::calibration::{Calibration, Recorded, Statistics};
 use viva_core::method::fold::{self, Group, Observed};
 use viva_core::method::{calibrated, sparsity};
 use viva_core::ops::Cancel;
 
 use crate::error::Outcome;
+use crate::record::Bytes;
 use crate::resource::{
     CalibrationRef, CalibrationResource, CancelRef, CheckpointRef, ObservedRef, ObservedResource,
     TargetRef, TensorRef, tensor_from_binary,
@@ -124,26 +126,47 @@ fn fold_groups(
     Ok((groups, found.unscaled))
 }
 
-/// Chooses the scales of a group: the kept tensors that they change, or nil where
-/// there are none.
+fn group((into, rows, readers): GroupTerm) -> Group {
+    Group {
+        into,
+        rows,
+        readers,
+    }
+}
+
+/// The scales of a group, f32 in little-endian order, or nil where none are better.
 #[rustler::nif(schedule = "DirtyCpu")]
 fn fold_search(
     observed: ObservedRef,
     source: CheckpointRef,
     target: TargetRef,
-    group: GroupTerm,
+    term: GroupTerm,
     cancel: CancelRef,
-) -> Outcome<Option<Vec<String>>> {
-    let (into, rows, readers) = group;
-    let group = Group {
-        into,
-        rows,
-        readers,
-    };
+) -> Outcome<Option<Bytes>> {
     let source = source.0.get()?;
-    Ok(observed
-        .0
-        .search(&source, &target.0, &group, &*cancel.enter()?)?)
+    let scales = (observed.0).search(&source, &target.0, &group(term), &*cancel.enter()?)?;
+    let bytes = |s: Vec<f32>| s.into_iter().flat_map(f32::to_le_bytes).collect();
+    Ok(scales.map(|s| Bytes(bytes(s))))
+}
+
+/// Uses the scales that a search gave: the kept tensors that they change.
+#[rustler::nif(schedule = "DirtyIo")]
+fn fold_use(
+    observed: ObservedRef,
+    source: CheckpointRef,
+    term: GroupTerm,
+    scales: Bytes,
+) -> Outcome<Vec<String>> {
+    let (scales, rest) = scales.0.as_chunks::<4>();
+    if !rest.is_empty() {
+        return Err(Error::InvalidOption {
+            option: "scales".into(),
+            message: "expected whole numbers of 4 bytes".into(),
+        }
+        .into());
+    }
+    let scales = scales.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    Ok(observed.0.fold(&*source.0.get()?, &group(term), scales)?)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]

@@ -8,10 +8,10 @@ use viva_core::convert::{Becomes, Conversion, Goal, Piece, SIDECARS, TextFile};
 use viva_core::tensor::DType;
 
 use crate::error::Outcome;
-use crate::job::with_output;
+use crate::job::shard_file;
 use crate::record;
 use crate::resource::{
-    CancelRef, CheckpointRef, ConversionRef, ConversionResource, OutputRef, ShardRef, ShardResource,
+    CancelRef, CheckpointRef, ConversionRef, ConversionResource, ShardRef, ShardResource,
 };
 use crate::terms::{self, Name};
 
@@ -93,19 +93,18 @@ fn unit<'a>(env: Env<'a>, piece: &Piece, output_bytes: usize) -> Term<'a> {
 /// Starts the file that holds the tensors of these names.
 #[rustler::nif(schedule = "DirtyIo")]
 fn conversion_shard(
-    output: OutputRef,
-    file: String,
+    path: String,
+    mark: Option<String>,
     conversion: ConversionRef,
     names: Vec<String>,
     source: CheckpointRef,
     metadata: HashMap<String, String>,
 ) -> Outcome<ShardRef> {
     let source = source.0.get()?;
-    let path = with_output(&output, |o| Ok(o.path().join(&file)))?;
     let metadata = metadata.into_iter().collect();
     let shard = conversion
         .0
-        .create_shard(&path, &source, &names, metadata)?;
+        .create_shard(shard_file(path, mark), &source, &names, metadata)?;
     Ok(ShardRef::new(ShardResource(shard)))
 }
 

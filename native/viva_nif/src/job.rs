@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use rustler::{Atom, Binary, Encoder, Env, Term};
 use serde_json::Value;
 use viva_core::Error;
-use viva_core::io::{self, EntryDType, OutputDir, WrittenShard};
+use viva_core::io::{self, EntryDType, OutputDir, ShardFile, WrittenShard};
 use viva_core::layout::Modules;
 use viva_core::tensor::DType;
 use viva_core::unit::{self, Done, Planned, Target};
@@ -148,13 +148,21 @@ fn output_abort(output: OutputRef) -> Outcome<Atom> {
     Ok(rustler::types::atom::ok())
 }
 
+/// The file of a shard: nil, or the mark of the one that another node made.
+pub fn shard_file(path: String, mark: Option<String>) -> ShardFile {
+    match mark {
+        None => ShardFile::from(path),
+        Some(mark) => ShardFile::joined(path, mark),
+    }
+}
+
 /// Starts the file that holds these tensors of `source`, each `{name, :quantize}`
 /// or `{name, :keep}`.
 #[rustler::nif(schedule = "DirtyIo")]
 fn shard_create(
     env: Env,
-    output: OutputRef,
-    file: String,
+    path: String,
+    mark: Option<String>,
     target: Option<TargetRef>,
     tensors: Vec<(String, Atom)>,
     source: CheckpointRef,
@@ -169,10 +177,9 @@ fn shard_create(
             name,
         })
         .collect();
-    let path = with_output(&output, |o| Ok(o.path().join(&file)))?;
     let target = target.as_ref().map(|t| &t.0);
     let metadata = metadata.into_iter().collect();
-    let shard = unit::create_shard(&path, &source, target, planned, metadata)?;
+    let shard = unit::create_shard(shard_file(path, mark), &source, target, planned, metadata)?;
     Ok(ShardRef::new(ShardResource(shard)))
 }
 

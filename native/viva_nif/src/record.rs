@@ -11,7 +11,7 @@ use crate::resource::{CancelRef, CheckpointRef, ConversionRef, OutputRef, ShardR
 use crate::terms;
 
 /// Bytes as a binary.
-struct Bytes(Vec<u8>);
+pub struct Bytes(pub Vec<u8>);
 
 impl Encoder for Bytes {
     fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
@@ -91,6 +91,28 @@ fn unit_verify(shard: ShardRef, parts: Vec<PartTerm>, cancel: CancelRef) -> Outc
     Ok(unit::verify(&shard.0, &parts, &*cancel.enter()?)?)
 }
 
+/// These parts were written by another node, and synced by it.
+#[rustler::nif(schedule = "DirtyIo")]
+fn unit_accept(shard: ShardRef, parts: Vec<PartTerm>) -> Outcome<Atom> {
+    for term in parts {
+        unit::accept(&shard.0, &part(term)?)?;
+    }
+    Ok(rustler::types::atom::ok())
+}
+
+/// What the file of a shard is known by to other nodes.
+#[rustler::nif(schedule = "DirtyIo")]
+fn shard_mark(shard: ShardRef) -> Outcome<String> {
+    Ok(shard.0.mark()?)
+}
+
+/// Makes what was written to a shard durable.
+#[rustler::nif(schedule = "DirtyIo")]
+fn shard_sync(shard: ShardRef) -> Outcome<Atom> {
+    shard.0.sync()?;
+    Ok(rustler::types::atom::ok())
+}
+
 /// A hash of what the unit of this name is read from.
 #[rustler::nif(schedule = "DirtyIo")]
 fn unit_source_hash<'a>(
@@ -105,6 +127,13 @@ fn unit_source_hash<'a>(
         None => unit::source_hash(&source, [name.as_str()]),
     };
     Ok(Bytes(hash?.into()).encode(env))
+}
+
+/// A hash of what these tensors hold.
+#[rustler::nif(schedule = "DirtyIo")]
+fn source_hash<'a>(env: Env<'a>, source: CheckpointRef, names: Vec<String>) -> Outcome<Term<'a>> {
+    let hash = unit::source_hash(&*source.0.get()?, names.iter().map(String::as_str))?;
+    Ok(Bytes(hash.into()).encode(env))
 }
 
 /// Where the manifest of an unfinished output of that target is, or nil.

@@ -8,12 +8,11 @@ mod files;
 mod work;
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 
 use crate::content::{self, Read};
 use crate::error::{Error, Result};
 use crate::format::{Granularity, Spec};
-use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, ShardWriter};
+use crate::io::{Checkpoint, Entry, EntryDType, FixedEntry, ShardFile, ShardWriter};
 use crate::layout::gguf::{self, ROPE_FACTORS};
 use crate::layout::{self, Entries, Found, Layout, WholeFile};
 use crate::tensor::DType;
@@ -305,7 +304,7 @@ impl Conversion {
     /// Starts a shard for the tensors of these names.
     pub fn create_shard(
         &self,
-        path: &Path,
+        at: impl Into<ShardFile>,
         source: &Checkpoint,
         names: &[String],
         metadata: BTreeMap<String, String>,
@@ -317,14 +316,14 @@ impl Conversion {
             all.late.extend(entries.late);
         }
         let Some(whole) = self.goal.whole_file() else {
-            return ShardWriter::create(path, all.fixed, all.late, metadata);
+            return ShardWriter::create(at, all.fixed, all.late, metadata);
         };
         let spec = self.specs().first().map(|(spec, _)| *spec);
         let metadata = whole.metadata(source, spec)?;
         let more = whole.more(source)?;
         all.fixed
             .extend(more.iter().map(|(entry, _)| entry.clone()));
-        let shard = ShardWriter::create(path, all.fixed, all.late, metadata)?;
+        let shard = ShardWriter::create(at, all.fixed, all.late, metadata)?;
         for (entry, bytes) in more {
             shard.write(&entry.name, &bytes)?;
         }

@@ -15,6 +15,7 @@ mod metadata;
 mod output;
 mod place;
 mod safetensors;
+mod shard_file;
 mod shards;
 mod writer;
 
@@ -27,6 +28,7 @@ pub use mapped::{Mapped, mapped_bytes};
 pub use metadata::Metadata;
 pub use output::{Found, OutputDir, Recorder, file_identity};
 pub(crate) use place::sync_directory;
+pub use shard_file::ShardFile;
 pub use shards::{WrittenShard, index_json, plan_shards, shard_name};
 pub use writer::{FixedEntry, LateEntry, ShardWriter};
 

@@ -2,18 +2,16 @@
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
-use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
-
 use super::entry::{Entry, EntryDType, unknown_tensor};
 use super::safetensors::METADATA;
+use super::shard_file::{ShardFile, mark_of};
 use super::shards::WrittenShard;
 use super::{Metadata, file_name, invalid};
 use crate::error::{Error, Result};
@@ -93,12 +91,13 @@ impl ShardWriter {
     /// of them for one header, or the file cannot hold one of that name, dtype
     /// or shape; [`Error::ShapeOverflow`].
     pub fn create(
-        path: impl AsRef<Path>,
+        at: impl Into<ShardFile>,
         mut fixed: Vec<FixedEntry>,
         late: Vec<LateEntry>,
         metadata: impl Into<Metadata>,
     ) -> Result<ShardWriter> {
-        let path = path.as_ref().to_path_buf();
+        let at = at.into();
+        let path = at.path.clone();
         let metadata = metadata.into();
         let cannot = |message: String| invalid(&path, message);
         let names = || (fixed.iter().map(|e| &e.name)).chain(late.iter().map(|e| &e.name));
@@ -169,13 +168,21 @@ impl ShardWriter {
         let longest: Vec<usize> = late.iter().map(|e| e.max_len).collect();
         writer.data_start = writer.header(writer.entries(&late, &longest))?.len();
         let len = writer.data_start + end.next_multiple_of(alignment);
-        writer.state = RwLock::new(State::Open(open_file(&writer.path, len as u64)?));
+        writer.state = RwLock::new(State::Open(at.open(len as u64)?));
         writer.late = Mutex::new(
             late.into_iter()
                 .map(|entry| LateSlot { entry, bytes: None })
                 .collect(),
         );
         Ok(writer)
+    }
+
+    /// What the file is known by to writers elsewhere: see [`ShardFile::joined`].
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::InvalidFile`] once it is finished.
+    pub fn mark(&self) -> Result<String> {
+        self.file(mark_of)
     }
 
     /// The path of the file.
@@ -376,7 +383,7 @@ impl ShardWriter {
     }
 
     /// Runs `work` on the file while it is open.
-    fn file(&self, work: impl FnOnce(&File) -> std::io::Result<()>) -> Result<()> {
+    fn file<R>(&self, work: impl FnOnce(&File) -> std::io::Result<R>) -> Result<R> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
         match &*state {
             State::Open(file) => work(file).map_err(|e| Error::io(&self.path, &e)),
@@ -450,30 +457,6 @@ impl Coverage {
 
     fn bytes(&self) -> usize {
         self.ranges.iter().map(Range::len).sum()
-    }
-}
-
-/// Opens a file, whatever it holds, with `len` bytes reserved on the disk.
-fn open_file(path: &Path, len: u64) -> Result<File> {
-    let io = |e: std::io::Error| Error::io(path, &e);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(io)?;
-    let reserved = loop {
-        match fallocate(&file, FallocateFlags::empty(), 0, len) {
-            Err(Errno::INTR) => continue,
-            other => break other,
-        }
-    };
-    match reserved {
-        Ok(()) => Ok(file),
-        // A file system that cannot reserve space: a full disk shows later.
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.set_len(len).map_err(io).map(|()| file),
-        Err(e) => Err(io(e.into())),
     }
 }
 

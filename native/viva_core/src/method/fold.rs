@@ -243,9 +243,8 @@ impl Observed {
         &self.recorded
     }
 
-    /// Chooses the scales of a group and remembers them; a second time gives the
-    /// same. Returns the kept tensors that they change, or `None` where leaving the
-    /// columns is best.
+    /// Chooses the scales of a group, or `None` where leaving the columns is best; a
+    /// second time gives the same.
     ///
     /// # Errors
     /// Those of reading and of the search; `NonFinite` of any weight of the group.
@@ -255,19 +254,16 @@ impl Observed {
         target: &Target,
         group: &Group,
         cancel: &Cancel,
-    ) -> Result<Option<Vec<String>>> {
+    ) -> Result<Option<Vec<f32>>> {
         let Some(how) = &target.calibrated else {
             return Ok(None);
         };
-        let read = |name: &str| {
-            source.check_unchanged(name)?;
-            let tensor = source.tensor(name)?;
-            check_floats(&tensor)?;
-            Ok::<_, Error>(tensor)
-        };
         // What is kept for its NaN cannot be divided.
-        read(&group.into)?;
-        let readers = group.readers.iter().map(|name| read(name));
+        read(source, &group.into)?;
+        for vector in vectors(source, group) {
+            read(source, &vector.name)?;
+        }
+        let readers = group.readers.iter().map(|name| read(source, name));
         let readers = readers.collect::<Result<Vec<_>>>()?;
         let specs = readers
             .iter()
@@ -284,12 +280,31 @@ impl Observed {
         for name in group.readers.iter().chain([&group.into]) {
             source.give_back(name)?;
         }
-        let Some(mut scales) = scales else {
-            return Ok(None);
-        };
+        Ok(scales)
+    }
+
+    /// Remembers the scales of a group, those that [`search`](Self::search) chose,
+    /// here or elsewhere. Returns the kept tensors that they change.
+    ///
+    /// # Errors
+    /// Those of reading; `NonFinite` of a vector that they divide.
+    pub fn fold(
+        &self,
+        source: &Checkpoint,
+        group: &Group,
+        mut scales: Vec<f32>,
+    ) -> Result<Vec<String>> {
+        let columns = self.recorded.layer(module(&group.readers[0]))?.columns();
+        if scales.len() != columns {
+            return Err(Error::SizeMismatch {
+                what: format!("scales of the columns of {}", group.readers[0]),
+                expected: columns,
+                actual: scales.len(),
+            });
+        }
         let mut divided = Vec::new();
         for entry in vectors(source, group) {
-            let vector = read(&entry.name)?;
+            let vector = read(source, &entry.name)?;
             if divided.is_empty() {
                 settle(&vector, &mut scales)?;
             }
@@ -305,7 +320,7 @@ impl Observed {
         }
         let changed = divided.iter().map(|(name, _)| name.clone()).collect();
         folds.vectors.extend(divided);
-        Ok(Some(changed))
+        Ok(changed)
     }
 
     /// What is written in place of a kept tensor.
@@ -391,6 +406,14 @@ fn split(vector: &Tensor, scales: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
     }
     let last = values.split_off(values.len() - scales.len());
     Ok((values, last))
+}
+
+/// A tensor of the group, all of it finite.
+fn read(source: &Checkpoint, name: &str) -> Result<Tensor> {
+    source.check_unchanged(name)?;
+    let tensor = source.tensor(name)?;
+    check_floats(&tensor)?;
+    Ok(tensor)
 }
 
 /// Turns scales into those that the divided vector has once it is rounded to its

@@ -134,12 +134,17 @@ pub fn verify(shard: &ShardWriter, parts: &[Part], cancel: &Cancel) -> Result<bo
         }
     }
     for part in parts {
-        match &part.late {
-            Some(bytes) => shard.write_late(&part.name, bytes)?,
-            None => shard.accept(&part.name)?,
-        }
+        accept(shard, part)?;
     }
     Ok(true)
+}
+
+/// Takes a part for written, as it is recorded.
+pub fn accept(shard: &ShardWriter, part: &Part) -> Result<()> {
+    match &part.late {
+        Some(bytes) => shard.write_late(&part.name, bytes),
+        None => shard.accept(&part.name),
+    }
 }
 
 /// A hash by which these tensors of a source are known again. All threads work on
