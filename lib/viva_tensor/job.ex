@@ -50,6 +50,8 @@ defmodule VivaTensor.Job do
     long (`{:timeout, ms}`) or returned an error
   - `{:quarantined, %{name: name, reason: text, attempts: n}}`
   - `{:redo, %{name: name}}` for a unit of an earlier job that is not as it was recorded
+  - `{:node, %{node: node, state: state, reason: text}}` when another node has `:joined`,
+    was `:lost`, or `:refused`, for what it sees is not what the job sees
   - `{:state, :stopping}`
   - `{:done, result}`, as `await/2` returns it
 
@@ -74,12 +76,16 @@ defmodule VivaTensor.Job do
     there is any (`false`); see `resume/2`
   - `:memory_limit` - bytes in flight over the units that run at once, input and
     output counted (`"512MB"`); a larger unit runs alone
-  - `:max_concurrency` - units that run at once (one for each online scheduler)
+  - `:max_concurrency` - units that run at once on each node (one for each online scheduler)
   - `:max_shard_size` - of the files of the output (`"5GB"`); the gguf layout has
     one file
   - `:unit_timeout` - milliseconds that a unit may take, or `:infinity` (an hour)
   - `:priority` - `:low`, `:normal` or `:high`: jobs of a higher one are given memory first,
     those of the same share it (`:normal`)
+  - `:nodes` - names of Erlang nodes that do units too, or `:connected` for all that are
+    connected, now or later. They need this version of viva_tensor and the same storage
+    under the same paths; tensors are never sent. One that is lost gives its units to the
+    others, and one that comes up, or comes back, gets some (`[]`)
   - `:notify` - a process to keep informed, see above
   - `:recipe` - a `VivaTensor.Recipe`, the name of one with more of its options beside
     it, or a `VivaTensor.Conversion`; without it, all options of a recipe: see

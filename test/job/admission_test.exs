@@ -86,7 +86,7 @@ defmodule VivaTensor.Job.AdmissionTest do
   end
 
   # A job of its own that asks for one ticket after the other and gives each back.
-  defp job(name, bytes, priority \\ 0) do
+  defp job(name, bytes, priority \\ :normal) do
     test = self()
 
     spawn_link(fn ->
@@ -128,9 +128,9 @@ defmodule VivaTensor.Job.AdmissionTest do
   test "a higher priority comes first, a job that came later is not owed the past" do
     hold = request(100, 100)
     assert_receive {:admitted, ^hold}
-    job(:low, 100, -1)
+    job(:low, 100, :low)
     job(:normal, 100)
-    job(:high, 100, 1)
+    job(:high, 100, :high)
     Admission.release(hold)
     assert order(100) == List.duplicate(:high, 50) ++ List.duplicate(:normal, 50)
     assert order(10) == List.duplicate(:low, 10)

@@ -6,7 +6,7 @@ defmodule VivaTensor.Job.ResumeTest do
   import VivaTensor.Test.Jobs
   import VivaTensor.Test.Faults, only: [flip: 2]
 
-  alias VivaTensor.{Calibration, Error, Job, Native, Report, Telemetry, Tensor}
+  alias VivaTensor.{Calibration, Error, Job, Native, Report, Telemetry}
   alias VivaTensor.Job.Manifest
   alias VivaTensor.Test.{Directory, Faults, Safetensors}
 
@@ -130,22 +130,6 @@ defmodule VivaTensor.Job.ResumeTest do
       assert {:ok, report} = resume(c.to)
       assert digests(c.to) == digests(c.calm)
       assert figures(report) == figures(calm)
-    end
-
-    defp statistics!(path, prefix, layers) do
-      calibration = Calibration.new(samples: 64)
-
-      for {layer, columns} <- layers do
-        draws = for <<x::little-float-32 <- Safetensors.normal(64 * columns, columns)>>, do: x
-        # A few columns that are worth a scale.
-        draws =
-          for {x, i} <- Enum.with_index(draws), do: if(rem(i, columns) < 8, do: 40 * x, else: x)
-
-        x = Tensor.from_list!(draws, :f32, [64, columns])
-        :ok = Calibration.add(calibration, prefix <> Atom.to_string(layer), x)
-      end
-
-      :ok = Calibration.save(calibration, path)
     end
 
     test "while a shard was written again without a weight", c do

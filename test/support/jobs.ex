@@ -6,7 +6,7 @@ defmodule VivaTensor.Test.Jobs do
   import ExUnit.Assertions
   import ExUnit.Callbacks
 
-  alias VivaTensor.{Job, Telemetry}
+  alias VivaTensor.{Calibration, Job, Telemetry, Tensor}
   alias VivaTensor.Test.Safetensors
 
   @doc "The result of a job."
@@ -68,6 +68,23 @@ defmodule VivaTensor.Test.Jobs do
 
   defp poison(bytes, nil), do: bytes
   defp poison(bytes, what), do: Safetensors.poison(bytes, 77, what)
+
+  @doc "The file of statistics of these layers, with their columns, of made-up activations."
+  def statistics!(path, prefix, layers) do
+    calibration = Calibration.new(samples: 64)
+
+    for {layer, columns} <- layers do
+      draws = for <<x::little-float-32 <- Safetensors.normal(64 * columns, columns)>>, do: x
+      # A few columns that are worth a scale.
+      draws =
+        for {x, i} <- Enum.with_index(draws), do: if(rem(i, columns) < 8, do: 40 * x, else: x)
+
+      x = Tensor.from_list!(draws, :f32, [64, columns])
+      :ok = Calibration.add(calibration, prefix <> Atom.to_string(layer), x)
+    end
+
+    :ok = Calibration.save(calibration, path)
+  end
 
   @doc "The row of that name."
   def row(report, name), do: Enum.find(report.tensors, &(&1.name == name))

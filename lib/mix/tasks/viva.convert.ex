@@ -30,6 +30,8 @@ defmodule Mix.Tasks.Viva.Convert do
     * `--memory-limit 512MB` - bytes in flight
     * `--max-shard-size 5GB` - of the written files
     * `--threads N` - native threads
+    * `--nodes a@h,b@h|connected` - Erlang nodes that work along, on the same storage: see
+      `VivaTensor.Job.start/1`
     * `--resume` - go on with what an earlier run left of DIR, or begin; refused where
       SOURCE or what is asked for is not what it was
     * `--force` - replace DIR if it exists; without `--resume` also what an earlier run left

@@ -20,7 +20,8 @@ defmodule Mix.Tasks.Viva.Jobs do
   ## Flags
 
     * `--json` - of list and report: print JSON
-    * `--memory-limit 512MB`, `--threads N` - of resume: other ones than before
+    * `--memory-limit 512MB`, `--threads N`, `--nodes a@h,b@h` - of resume: other ones
+      than before
     * `--non-finite keep` - of resume: keep weights with NaN that were put aside
     * `--statistics FILE` - of resume, where they were in memory
 

@@ -45,6 +45,8 @@ defmodule Mix.Tasks.Viva.Quantize do
     * `--memory-limit 512MB` - bytes in flight
     * `--max-shard-size 5GB` - of the written files
     * `--threads N` - native threads
+    * `--nodes a@h,b@h|connected` - Erlang nodes that work along, on the same storage: see
+      `VivaTensor.Job.start/1`
     * `--resume` - go on with what an earlier run left of DIR, or begin; refused where
       SOURCE or what is asked for is not what it was
     * `--force` - replace DIR if it exists; without `--resume` also what an earlier run left
@@ -62,6 +64,8 @@ defmodule Mix.Tasks.Viva.Quantize do
       mix viva.quantize ~/models/llama --to llama-24 --format sparse24 --values fp8_e4m3
       mix viva.quantize ~/models/llama --to llama-gguf --format q4_k --layout gguf
       mix viva.quantize ~/models/llama --to llama-awq --format int4 --method mse --memory-limit 2GB
+
+      mix viva.quantize /shared/llama --to /shared/llama-nf4 --format nf4 --nodes w@one,w@two
 
   Progress goes to standard error and the report to standard output. SIGTERM and
   SIGQUIT (Ctrl-\\) cancel: what is finished stays beside DIR, in `.DIR.partial`, as it

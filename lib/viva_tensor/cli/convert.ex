@@ -20,8 +20,7 @@ defmodule VivaTensor.CLI.Convert do
   @doc "Runs the job that the flags ask for. The application must be started."
   @spec run(keyword) :: CLI.exit_code()
   def run(flags) do
-    {conversion, rest} =
-      flags |> Keyword.drop([:json, :threads]) |> Keyword.split([:layout, :dtype])
+    {conversion, rest} = flags |> Keyword.split([:layout, :dtype])
 
     # The last of a repeated flag counts, as everywhere.
     options = [convert: List.last(Keyword.get_values(conversion, :layout))]

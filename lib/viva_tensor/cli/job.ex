@@ -5,7 +5,7 @@ defmodule VivaTensor.CLI.Job do
   """
 
   alias VivaTensor.{CLI, Error, Job, Report}
-  alias VivaTensor.CLI.Progress
+  alias VivaTensor.CLI.{Nodes, Progress}
   alias VivaTensor.Job.{Events, Failure}
 
   @tick_ms 100
@@ -17,6 +17,7 @@ defmodule VivaTensor.CLI.Job do
     memory_limit: :string,
     max_shard_size: :string,
     threads: :integer,
+    nodes: :string,
     force: :boolean,
     resume: :boolean,
     json: :boolean
@@ -47,23 +48,34 @@ defmodule VivaTensor.CLI.Job do
     cond do
       flags[:to] == nil -> {:error, "--to DIR is missing"}
       flags[:threads] != nil and flags[:threads] < 1 -> {:error, "--threads must be at least 1"}
-      true -> {:ok, flags}
+      flags[:nodes] == nil -> {:ok, flags}
+      true -> with {:ok, _} <- Nodes.parse(flags[:nodes]), do: {:ok, flags}
     end
   end
 
   @doc "Runs a job and shows what becomes of it. The application must be started."
   @spec run(String.t(), keyword, keyword) :: CLI.exit_code()
-  def run(task, options, flags), do: show(task, &Job.start([notify: &1] ++ options), flags)
+  def run(task, options, flags) do
+    options = Keyword.drop(options, [:json, :threads, :nodes])
+    show(task, &Job.start([notify: &1] ++ options ++ &2), flags)
+  end
 
-  @doc "Shows what becomes of a job that `start` starts, for a process to keep informed."
-  @spec show(String.t(), (pid -> {:ok, Job.job()} | {:error, Error.t()}), keyword) ::
-          CLI.exit_code()
+  @doc """
+  Shows what becomes of a job that `start` starts, for a process to keep informed and with
+  options that the flags add.
+  """
+  @spec show(
+          String.t(),
+          (pid, keyword -> {:ok, Job.job()} | {:error, Error.t()}),
+          keyword
+        ) :: CLI.exit_code()
   def show(task, start, flags) do
     # The progress says it; standard output is for the report.
     Logger.put_module_level(Events, :warning)
 
     with {:ok, _} <- threads(flags[:threads]),
-         {:ok, job} <- start.(self()) do
+         {:ok, nodes} <- Nodes.option(flags),
+         {:ok, job} <- start.(self(), nodes) do
       progress = Progress.new()
       monitor = Process.monitor(job)
       trap_signals(job)
@@ -95,6 +107,16 @@ defmodule VivaTensor.CLI.Job do
       {:viva_tensor_job, ^job, {:redo, %{name: name}}} ->
         Progress.finish(progress)
         IO.puts(:stderr, "#{name}: not as it was recorded, done again")
+        follow(job, progress)
+
+      {:viva_tensor_job, ^job, {:node, %{node: node, state: state, reason: reason}}} ->
+        Progress.finish(progress)
+
+        IO.puts(
+          :stderr,
+          Enum.join([node, ": ", state] ++ for(why <- List.wrap(reason), do: ", " <> why))
+        )
+
         follow(job, progress)
 
       {:viva_tensor_job, ^job, {:kept, kept}} ->

@@ -14,6 +14,7 @@ defmodule VivaTensor.CLI.Jobs do
     json: :boolean,
     memory_limit: :string,
     threads: :integer,
+    nodes: :string,
     non_finite: :string,
     statistics: :string
   ]
@@ -23,7 +24,7 @@ defmodule VivaTensor.CLI.Jobs do
     "list" => [],
     "follow" => [],
     "cancel" => [],
-    "resume" => [:memory_limit, :threads, :non_finite, :statistics],
+    "resume" => [:memory_limit, :threads, :nodes, :non_finite, :statistics],
     "report" => []
   }
   @names "list, follow, cancel, resume and report"
@@ -107,11 +108,11 @@ defmodule VivaTensor.CLI.Jobs do
 
   def run({"resume", to, flags}) do
     options =
-      for {key, value} <- Keyword.drop(flags, [:json, :threads]) do
+      for {key, value} <- Keyword.drop(flags, [:json, :threads, :nodes]) do
         {key, if(key == :non_finite, do: String.to_atom(value), else: value)}
       end
 
-    CLI.Job.show(@task, &Job.resume(to, [notify: &1] ++ options), flags)
+    CLI.Job.show(@task, &Job.resume(to, [notify: &1] ++ options ++ &2), flags)
   end
 
   def run({"report", to, flags}) do

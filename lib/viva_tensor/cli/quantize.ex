@@ -50,7 +50,7 @@ defmodule VivaTensor.CLI.Quantize do
   defp job_options(flags) do
     options =
       flags
-      |> Keyword.drop([:json, :threads, :include, :exclude])
+      |> Keyword.drop([:include, :exclude])
       |> Enum.map(fn
         {key, value} when key in @names -> {key, String.to_atom(value)}
         option -> option

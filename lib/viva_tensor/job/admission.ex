@@ -21,6 +21,7 @@ defmodule VivaTensor.Job.Admission do
 
   @type ticket :: reference
 
+  @ranks %{high: 0, normal: 1, low: 2}
   # Between two looks at a native call that was told to leave.
   @poll_ms 5
 
@@ -31,8 +32,8 @@ defmodule VivaTensor.Job.Admission do
   Asks for `bytes` under `limit`, for native calls with a cancel flag. The caller
   receives `{:admitted, ticket}` when they are granted.
   """
-  @spec request(non_neg_integer, pos_integer, reference, integer) :: ticket
-  def request(bytes, limit, flag, priority \\ 0) do
+  @spec request(non_neg_integer, pos_integer, reference, :low | :normal | :high) :: ticket
+  def request(bytes, limit, flag, priority \\ :normal) do
     ticket = make_ref()
     GenServer.cast(__MODULE__, {:request, self(), priority, {ticket, bytes, limit, flag}})
     ticket
@@ -126,6 +127,6 @@ defmodule VivaTensor.Job.Admission do
   defp next(jobs) do
     jobs
     |> Enum.reject(fn {_pid, job} -> :queue.is_empty(job.waiting) end)
-    |> Enum.min_by(fn {_pid, job} -> {-job.priority, job.granted} end, fn -> nil end)
+    |> Enum.min_by(fn {_pid, job} -> {@ranks[job.priority], job.granted} end, fn -> nil end)
   end
 end

@@ -5,7 +5,7 @@ defmodule VivaTensor.Job.Events do
   """
 
   alias VivaTensor.{Error, Job, Report, Telemetry}
-  alias VivaTensor.Job.{Options, Step, Unit}
+  alias VivaTensor.Job.{Members, Options, Step, Unit}
 
   require Logger
 
@@ -33,7 +33,8 @@ defmodule VivaTensor.Job.Events do
     fields =
       [unit: row.name, to: job.options.to, action: row.action, format: row.format] ++
         [input_bytes: row.input_bytes, output_bytes: row.output_bytes] ++
-        [milliseconds: milliseconds, attempt: step.attempt, sqnr_db: row[:sqnr_db]]
+        [milliseconds: milliseconds, attempt: step.attempt, node: step.node] ++
+        [sqnr_db: row[:sqnr_db]]
 
     fields = for {key, value} <- fields, value != nil, do: {key, value}
     Logger.debug(fn -> {Enum.map_join(fields, " ", fn {k, v} -> "#{k}=#{v}" end), fields} end)
@@ -75,6 +76,21 @@ defmodule VivaTensor.Job.Events do
 
   def failed(_step, _reason), do: :ok
 
+  @doc "Nodes joined the job, were lost to it, or refused."
+  @spec nodes(job, [Members.event()]) :: :ok
+  def nodes(job, told) do
+    for event <- told do
+      Logger.info(fn -> "#{event.node} #{event.state} #{event.reason}" end,
+        to: job.options.to,
+        node: event.node
+      )
+
+      notify(job, {:node, event})
+    end
+
+    :ok
+  end
+
   @doc "A unit is put aside."
   @spec quarantined(job, map) :: :ok
   def quarantined(data, why) do
@@ -83,10 +99,10 @@ defmodule VivaTensor.Job.Events do
     notify(data, {:quarantined, why})
   end
 
-  @doc "What events say of a unit."
-  @spec unit(Step.t(), Unit.t()) :: map
-  def unit(step, unit) do
-    %{job: self(), name: unit.name, action: unit.action, attempt: step.attempt}
+  @doc "What events say of a unit of a job."
+  @spec unit(Step.t(), Unit.t(), pid) :: map
+  def unit(step, unit, job \\ self()) do
+    %{job: job, name: unit.name, action: unit.action, attempt: step.attempt}
   end
 
   defp job(options) do

@@ -76,6 +76,39 @@ defmodule VivaTensor.Job.Identity do
     end
   end
 
+  @doc """
+  Fails if another node, whose identity comes second, would not do the same: with another
+  program, or from other files under the same path.
+  """
+  @spec same_work(t, t) :: :ok | {:error, Error.t()}
+  def same_work(job, here) do
+    files = for {name, file} <- job.files, written(file) != written(here.files[name]), do: name
+
+    cond do
+      job.version != here.version ->
+        another("it runs viva_tensor #{here.version} where the job runs #{job.version}")
+
+      files != [] ->
+        another("it sees another #{Enum.join(files, ", ")}: nodes of a job share their storage")
+
+      {job.hash, job.tensors, job.plan} != {here.hash, here.tensors, here.plan} ->
+        another("it plans something else of the same source")
+
+      true ->
+        :ok
+    end
+  end
+
+  # Length and time of the last change: what two machines see of one file.
+  defp written(nil), do: nil
+
+  defp written({bytes, identity}) do
+    [_inode, modified, _changed] = String.split(identity, " ")
+    {bytes, modified}
+  end
+
+  defp another(how), do: {:error, Error.new(:job, {:another_node, %{how: how}}, how)}
+
   @doc "Why one cannot be gone on with as the other, or which files have to be looked into."
   @spec compare(t, t) :: {:same | :look, [String.t()]} | {:error, Error.t()}
   def compare(was, now) do

@@ -31,18 +31,14 @@ defmodule VivaTensor.Job.Machine do
   @behaviour :gen_statem
 
   alias VivaTensor.{Error, Native, Report}
-  alias VivaTensor.Job.{Admission, Events, Failure, Identity, Ledger, Observation}
-  alias VivaTensor.Job.{Outputs, Publication, Resumption, Shard, Span, Status, Step}
-  alias VivaTensor.Job.{Tally, Worker}
+  alias VivaTensor.Job.{Admission, Events, Failure, Identity, Ledger, Members, Observation}
+  alias VivaTensor.Job.{Outputs, Placement, Publication, Resumption, Shard, Span, Status}
+  alias VivaTensor.Job.{Step, Tally, Worker}
 
-  @priorities %{low: -1, normal: 0, high: 1}
   @attempts 3
   @backoff_ms 50
   # What a worker has to leave its native call after it was told to.
   @grace_ms 1_000
-  # What a killed job may have to do again for each worker, however small the units
-  # are: syncing each of them would take longer.
-  @small_bytes 256 * 1024
   # A finished job answers for this long; its report is on disk in any case.
   @linger_ms 600_000
 
@@ -58,6 +54,7 @@ defmodule VivaTensor.Job.Machine do
     ledger: %Ledger{},
     found: %Resumption{},
     tally: %Tally{},
+    members: %Members{},
     queue: [],
     requested: %{},
     running: %{},
@@ -85,7 +82,7 @@ defmodule VivaTensor.Job.Machine do
 
   @impl true
   def terminate(_reason, _state, data) do
-    for {_ref, step} <- data.running, do: Native.cancel(step.cancel)
+    for {_ref, step} <- data.running, do: Step.cancel(step)
     if data.output, do: Native.output_release(data.output)
     :ok
   end
@@ -102,24 +99,13 @@ defmodule VivaTensor.Job.Machine do
     {:keep_state, data, {:reply, from, status}}
   end
 
-  def handle_event({:call, from}, :await, :done, data) do
+  def handle_event({:call, from}, _await_or_cancel, :done, data) do
     {:keep_state_and_data, [{:reply, from, data.result}, linger()]}
   end
 
-  def handle_event({:call, from}, :await, _state, data) do
-    {:keep_state, %{data | waiting: [from | data.waiting]}}
-  end
-
-  def handle_event({:call, from}, :cancel, :done, data) do
-    {:keep_state_and_data, {:reply, from, data.result}}
-  end
-
-  def handle_event({:call, from}, :cancel, :stopping, data) do
-    {:keep_state, %{data | waiting: [from | data.waiting]}}
-  end
-
-  def handle_event({:call, from}, :cancel, _state, data) do
-    cancel(%{data | waiting: [from | data.waiting]})
+  def handle_event({:call, from}, call, state, data) do
+    data = %{data | waiting: [from | data.waiting]}
+    if call == :cancel and state != :stopping, do: cancel(data), else: {:keep_state, data}
   end
 
   def handle_event(:cast, :cancel, state, data) when state not in [:stopping, :done] do
@@ -128,7 +114,7 @@ defmodule VivaTensor.Job.Machine do
 
   def handle_event(:internal, :advance, state, data)
       when state in [:planning, :scaling, :running] do
-    {:keep_state, advance(data)}
+    {:keep_state, Placement.advance(data)}
   end
 
   def handle_event(:internal, :publish, :finishing, data) do
@@ -159,16 +145,16 @@ defmodule VivaTensor.Job.Machine do
     Process.demonitor(ref, [:flush])
     {step, data} = returned(ref, data)
 
-    case {step, result} do
+    case {step, Worker.accept(step, result, data.tally)} do
       {%{overdue: true}, {:error, %Error{reason: {:cancelled, _}}}} -> overdue(state, step, data)
-      _ -> completed(state, step, result, data)
+      {_, result} -> completed(state, step, result, data)
     end
   end
 
   def handle_event(:info, {:DOWN, ref, :process, _pid, reason}, state, data)
       when is_map_key(data.running, ref) do
     # The native call of a killed worker goes on.
-    Native.cancel(data.running[ref].cancel)
+    Step.cancel(data.running[ref])
 
     case returned(ref, data) do
       {%{overdue: true} = step, data} -> overdue(state, step, data)
@@ -178,14 +164,19 @@ defmodule VivaTensor.Job.Machine do
 
   def handle_event(:info, {:overdue, ref}, _state, data) when is_map_key(data.running, ref) do
     step = data.running[ref]
-    Native.cancel(step.cancel)
+    Step.cancel(step)
     timer = Process.send_after(self(), {:kill, ref}, @grace_ms)
     {:keep_state, put_in(data.running[ref], %{step | overdue: true, timer: timer})}
   end
 
   def handle_event(:info, {:kill, ref}, _state, data) when is_map_key(data.running, ref) do
-    Process.exit(data.running[ref].pid, :kill)
+    Step.kill(data.running[ref])
     :keep_state_and_data
+  end
+
+  def handle_event(:info, {:began, ref, pid}, _state, data) when is_map_key(data.running, ref) do
+    step = Step.began(data.running[ref], pid, ref, data.options.unit_timeout)
+    {:keep_state, put_in(data.running[ref], step)}
   end
 
   def handle_event(:info, {ref, result}, state, %{recording: {ref, _attempt}} = data) do
@@ -201,14 +192,24 @@ defmodule VivaTensor.Job.Machine do
     end
   end
 
-  # Of a worker whose result came first, or a subscriber.
-  def handle_event(:info, {:DOWN, _ref, :process, pid, _reason}, _state, data) do
-    {:keep_state, %{data | subscribers: List.delete(data.subscribers, pid)}}
-  end
-
   def handle_event({:timeout, {:retry, _}}, step, state, data)
       when state in [:planning, :scaling, :running] do
-    {:keep_state, data |> enqueue(step) |> advance()}
+    {:keep_state, data |> enqueue(step) |> Placement.advance()}
+  end
+
+  def handle_event(:info, message, _state, data) when elem(message, 0) != :EXIT do
+    case {Members.handle(message, data.members, data.running), message} do
+      {{members, told}, _} ->
+        Events.nodes(data, told)
+        {:keep_state, Placement.advance(%{data | members: members})}
+
+      # Of a worker whose result came first, or a subscriber.
+      {:unknown, {:DOWN, _ref, :process, pid, _reason}} ->
+        {:keep_state, %{data | subscribers: List.delete(data.subscribers, pid)}}
+
+      {:unknown, _late} ->
+        :keep_state_and_data
+    end
   end
 
   def handle_event(:info, {:EXIT, _pid, reason}, _state, _data) when reason != :normal do
@@ -218,7 +219,7 @@ defmodule VivaTensor.Job.Machine do
   def handle_event(:state_timeout, :linger, :done, _data), do: {:stop, :normal}
 
   def handle_event(:state_timeout, :kill, :stopping, data) do
-    for {_ref, step} <- data.running, do: Process.exit(step.pid, :kill)
+    for {_ref, step} <- data.running, do: Step.kill(step)
     :keep_state_and_data
   end
 
@@ -229,27 +230,6 @@ defmodule VivaTensor.Job.Machine do
   # Steps
 
   defp enqueue(data, step), do: %{data | queue: [step | data.queue]}
-
-  defp advance(%{queue: [step | queue]} = data) do
-    if free?(step, data) do
-      step = Step.armed(step)
-      %{memory_limit: limit, priority: priority} = data.options
-      ticket = Admission.request(step.bytes, limit, step.cancel, @priorities[priority])
-      advance(%{data | queue: queue, requested: Map.put(data.requested, ticket, step)})
-    else
-      data
-    end
-  end
-
-  defp advance(data), do: data
-
-  defp free?(step, data) do
-    busy = Map.values(data.requested) ++ Map.values(data.running)
-    risk = workers(data) * max(data.largest, @small_bytes)
-    length(busy) < workers(data) and Step.risk([step | busy], data.ledger) <= risk
-  end
-
-  defp workers(data), do: data.options.max_concurrency
 
   defp start(step, data) do
     case Worker.prepare(step, data) do
@@ -265,7 +245,7 @@ defmodule VivaTensor.Job.Machine do
 
   defp returned(ref, data) do
     {step, running} = Map.pop!(data.running, ref)
-    Admission.release(step.ticket)
+    if step.ticket, do: Admission.release(step.ticket)
     {Step.ended(step), %{data | running: running}}
   end
 
@@ -308,7 +288,7 @@ defmodule VivaTensor.Job.Machine do
         %{data | ledger: Ledger.add(data.ledger, {:kept, id, unit.name, reason})}
         |> keep_later(id, unit, reason)
 
-      {{kind, _}, _} when kind in [:io, :invalid_file, :cancelled] ->
+      {{kind, _}, _} when kind in [:io, :invalid_file, :cancelled] and step.node == nil ->
         stop({:error, Failure.about(error, unit)}, data)
 
       _ ->
@@ -325,7 +305,7 @@ defmodule VivaTensor.Job.Machine do
 
   defp completed(:running, %{work: {:recall, unit, id, _found}}, {:ok, false}, data) do
     Events.notify(data, {:redo, %{name: unit.name}})
-    {:keep_state, data |> enqueue(Step.unit(unit, id)) |> advance()}
+    {:keep_state, data |> enqueue(Step.unit(unit, id)) |> Placement.advance()}
   end
 
   defp completed(:running, %{work: {:recall, unit, id, _found}}, {:ok, {:kept, reason}}, data) do
@@ -334,6 +314,11 @@ defmodule VivaTensor.Job.Machine do
 
   defp completed(:running, %{work: {:finish, id}}, {:ok, written}, data) do
     %{data | tally: Tally.update(data.tally, id, &%{&1 | written: written})} |> go_on()
+  end
+
+  # Another node may not see what this one does.
+  defp completed(:running, %{node: node} = step, {:error, error}, data) when node != nil do
+    failed(:running, step, error, data)
   end
 
   defp completed(_state, _step, {:error, error}, data), do: stop({:error, error}, data)
@@ -353,7 +338,7 @@ defmodule VivaTensor.Job.Machine do
         Events.notify(data, {:retry, what})
         delay = @backoff_ms * 2 ** (attempt - 1)
         retry = {{:timeout, {:retry, make_ref()}}, delay, Step.again(step)}
-        {:keep_state, advance(data), retry}
+        {:keep_state, Placement.advance(data), retry}
 
       %{work: {:unit, _, _}} ->
         quarantine(step, reason, data)
@@ -380,7 +365,7 @@ defmodule VivaTensor.Job.Machine do
 
       {:ok, output, left} ->
         step = Step.new({:compare, left})
-        {:keep_state, %{data | output: output} |> enqueue(step) |> advance()}
+        {:keep_state, %{data | output: output} |> enqueue(step) |> Placement.advance()}
 
       {:error, error} ->
         done_already(error, data)
@@ -431,7 +416,7 @@ defmodule VivaTensor.Job.Machine do
 
   defp searched(notes, data) do
     data = %{data | searches: data.searches - 1, notes: Map.merge(data.notes, notes)}
-    if data.searches == 0, do: run_units(data), else: {:keep_state, advance(data)}
+    if data.searches == 0, do: run_units(data), else: {:keep_state, Placement.advance(data)}
   end
 
   defp run_units(data) do
@@ -445,7 +430,7 @@ defmodule VivaTensor.Job.Machine do
     again = for shard <- again, do: %{shard | non_finite: data.found.rewritten[shard.id]}
 
     case rewrite(again, %{data | queue: queue}) do
-      {:ok, data} -> next(:running, data)
+      {:ok, data} -> next(:running, %{data | members: Members.invite(data)})
       {:error, error} -> stop({:error, error}, data)
     end
   end
@@ -534,7 +519,7 @@ defmodule VivaTensor.Job.Machine do
 
     cond do
       not (Ledger.idle?(data.ledger) and Tally.settled?(data.tally)) ->
-        {:keep_state, advance(data)}
+        {:keep_state, Placement.advance(data)}
 
       data.tally.quarantined == %{} ->
         {:next_state, :finishing, data, publish()}
@@ -560,7 +545,7 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp stop(result, data) do
-    for {_ref, step} <- data.running, do: Native.cancel(step.cancel)
+    for {_ref, step} <- data.running, do: Step.cancel(step)
     data.requested |> Map.keys() |> Enum.each(&Admission.release/1)
     data = %{data | result: result, queue: [], requested: %{}, seconds: elapsed(data)}
 
@@ -591,10 +576,12 @@ defmodule VivaTensor.Job.Machine do
   defp conclude(result, data) do
     Events.ended(data.options, result, System.monotonic_time() - data.started)
     Events.notify(data, {:done, result})
+    members = Members.dismiss(data.members)
     replies = for from <- data.waiting, do: {:reply, from, result}
     # The plan holds the mapped source and the shards: nothing needs them now.
     tally = %{data.tally | shards: %{}, rows: %{}}
     data = %{data | result: result, waiting: [], plan: nil, tally: tally, found: nil}
+    data = %{data | members: members}
     {:next_state, :done, data, replies ++ [linger(), :hibernate]}
   end
 

@@ -3,7 +3,7 @@ defmodule VivaTensor.Job.Options do
   The options of a job, checked once, before a process is started for it.
   """
 
-  alias VivaTensor.{Conversion, Error, Recipe, Size}
+  alias VivaTensor.{Calibration, Conversion, Error, Recipe, Size}
 
   @keys [
     :source,
@@ -16,6 +16,7 @@ defmodule VivaTensor.Job.Options do
     :resume,
     :unit_timeout,
     :priority,
+    :nodes,
     :notify
   ]
 
@@ -25,12 +26,13 @@ defmodule VivaTensor.Job.Options do
     :to,
     :recipe,
     memory_limit: 512_000_000,
-    max_concurrency: 1,
+    max_concurrency: nil,
     max_shard_size: 5_000_000_000,
     force: false,
     resume: false,
     unit_timeout: 3_600_000,
     priority: :normal,
+    nodes: [],
     notify: nil
   ]
 
@@ -39,12 +41,13 @@ defmodule VivaTensor.Job.Options do
           to: Path.t(),
           recipe: Recipe.t() | Conversion.t(),
           memory_limit: pos_integer,
-          max_concurrency: pos_integer,
+          max_concurrency: pos_integer | nil,
           max_shard_size: pos_integer,
           force: boolean,
           resume: boolean,
           unit_timeout: pos_integer | :infinity,
           priority: :low | :normal | :high,
+          nodes: [node] | :connected,
           notify: pid | nil
         }
 
@@ -62,8 +65,10 @@ defmodule VivaTensor.Job.Options do
          {:ok, resume} <- flag(own, :resume),
          {:ok, unit_timeout} <- unit_timeout(own),
          {:ok, priority} <- priority(own),
+         {:ok, nodes} <- nodes(own),
          {:ok, notify} <- notify(own),
-         {:ok, recipe} <- recipe(own, recipe_opts) do
+         {:ok, recipe} <- recipe(own, recipe_opts),
+         :ok <- for_other_nodes(nodes, recipe) do
       {:ok,
        %__MODULE__{
          source: source,
@@ -76,6 +81,7 @@ defmodule VivaTensor.Job.Options do
          resume: resume,
          unit_timeout: unit_timeout,
          priority: priority,
+         nodes: nodes,
          notify: notify
        }}
     end
@@ -95,13 +101,19 @@ defmodule VivaTensor.Job.Options do
           :max_shard_size,
           :force,
           :unit_timeout,
-          :priority
+          :priority,
+          :nodes
         ])
       ) ++ of_recipe(options.recipe)
   end
 
   defp of_recipe(%Conversion{layout: layout, dtype: dtype}), do: [convert: layout, dtype: dtype]
   defp of_recipe(%Recipe{} = recipe), do: Recipe.to_options(recipe)
+
+  @doc "How many units a node does at once."
+  @spec workers(t) :: pos_integer
+  def workers(%__MODULE__{max_concurrency: nil}), do: System.schedulers_online()
+  def workers(%__MODULE__{max_concurrency: n}), do: n
 
   defp path(own, key) do
     case Keyword.get(own, key) do
@@ -118,8 +130,8 @@ defmodule VivaTensor.Job.Options do
   end
 
   defp concurrency(own) do
-    case Keyword.get(own, :max_concurrency, System.schedulers_online()) do
-      n when is_integer(n) and n > 0 -> {:ok, n}
+    case Keyword.get(own, :max_concurrency) do
+      n when (is_integer(n) and n > 0) or is_nil(n) -> {:ok, n}
       other -> invalid(:max_concurrency, "expected a positive integer, got #{inspect(other)}")
     end
   end
@@ -147,6 +159,33 @@ defmodule VivaTensor.Job.Options do
       other -> invalid(:priority, "expected :low, :normal or :high, got #{inspect(other)}")
     end
   end
+
+  defp nodes(own) do
+    case Keyword.get(own, :nodes, []) do
+      [] ->
+        {:ok, []}
+
+      nodes ->
+        cond do
+          nodes != :connected and not (is_list(nodes) and Enum.all?(nodes, &is_atom/1)) ->
+            invalid(:nodes, "expected names of nodes or :connected, got #{inspect(nodes)}")
+
+          not Node.alive?() ->
+            invalid(:nodes, "this node has no name that others could connect to: give it one")
+
+          true ->
+            {:ok, nodes}
+        end
+    end
+  end
+
+  defp for_other_nodes([], _recipe), do: :ok
+
+  defp for_other_nodes(_nodes, %Recipe{statistics: %Calibration{}}) do
+    invalid(:nodes, "other nodes do not have the statistics: save them, and give the file")
+  end
+
+  defp for_other_nodes(_nodes, _recipe), do: :ok
 
   defp notify(own) do
     case Keyword.get(own, :notify) do

@@ -23,13 +23,13 @@ defmodule VivaTensor.Job.Shard do
   alias VivaTensor.Job.{FileError, Plan, Unit}
 
   @enforce_keys [:id, :units, :remaining]
-  defstruct [:id, :units, :remaining, :ref, aside: 0, non_finite: %{}, written: nil]
+  defstruct [:id, :units, :remaining, :ref, :mark, aside: 0, non_finite: %{}, written: nil]
 
   @typedoc "A finished file: its name, its bytes, its tensors and theirs."
   @type written :: {String.t(), non_neg_integer, [{String.t(), non_neg_integer}]}
 
   @typedoc """
-  `non_finite` says of units, by name, what they met; `aside` counts those that are put
+  `mark` tells its file from any other to other nodes; `non_finite` says of units, by name, what they met; `aside` counts those that are put
   aside.
   """
   @type t :: %__MODULE__{
@@ -37,6 +37,7 @@ defmodule VivaTensor.Job.Shard do
           units: [Unit.t()],
           remaining: non_neg_integer,
           ref: reference | nil,
+          mark: String.t() | nil,
           aside: non_neg_integer,
           non_finite: %{String.t() => String.t()},
           written: written | nil
@@ -87,32 +88,41 @@ defmodule VivaTensor.Job.Shard do
   @doc """
   Opens the file with room for every unit of the plan's source, unless that was done.
   What an earlier job left in it stays.
+
+  On another node than the job's, where the output is known by its directory, it is the
+  file that the job opened, by its mark, and keeps its length: units that come too late,
+  from a node that was cut off, must not touch what took its place.
   """
-  @spec open(t, reference, Plan.t()) :: {:ok, t} | {:error, Error.t()}
-  def open(%__MODULE__{ref: nil} = shard, output, plan) do
-    with {:ok, ref} <- shard |> create(output, plan) |> Error.wrap(:output) do
-      {:ok, %{shard | ref: ref}}
+  @spec open(t, reference | Path.t(), Plan.t()) :: {:ok, t} | {:error, Error.t()}
+  def open(%__MODULE__{ref: nil} = shard, output, plan) when is_reference(output) do
+    with {:ok, directory} <- output |> Native.output_path() |> Error.wrap(:output),
+         {:ok, ref} <- create(shard, directory, nil, plan),
+         {:ok, mark} <- ref |> Native.shard_mark() |> Error.wrap(:output) do
+      {:ok, %{shard | ref: ref, mark: mark}}
     end
+  end
+
+  def open(%__MODULE__{ref: nil} = shard, directory, plan) do
+    with {:ok, ref} <- create(shard, directory, shard.mark, plan),
+         do: {:ok, %{shard | ref: ref}}
   end
 
   def open(%__MODULE__{} = shard, _output, _plan), do: {:ok, shard}
 
-  defp create(shard, output, %{work: work, checkpoint: %{ref: source}}) do
+  defp create(shard, directory, mark, %{work: work, checkpoint: %{ref: source}}) do
     metadata = %{"format" => "pt"}
+    path = Path.join(directory, file(shard))
 
-    with {:ok, directory} <- Native.output_path(output) do
-      path = Path.join(directory, file(shard))
+    case work do
+      {:quantize, spec, _observed} ->
+        tensors = for unit <- shard.units, do: {unit.name, unit.action}
+        Native.shard_create(path, mark, spec, tensors, source, metadata)
 
-      case work do
-        {:quantize, spec, _observed} ->
-          tensors = for unit <- shard.units, do: {unit.name, unit.action}
-          Native.shard_create(path, nil, spec, tensors, source, metadata)
-
-        {:convert, conversion} ->
-          names = for unit <- shard.units, do: unit.name
-          Native.conversion_shard(path, nil, conversion, names, source, metadata)
-      end
+      {:convert, conversion} ->
+        names = for unit <- shard.units, do: unit.name
+        Native.conversion_shard(path, mark, conversion, names, source, metadata)
     end
+    |> Error.wrap(:output)
   end
 
   @doc """

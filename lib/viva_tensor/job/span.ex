@@ -25,7 +25,9 @@ defmodule VivaTensor.Job.Span do
   @doc "The row of a unit with the span of the step that did or verified it, in a job that began then."
   @spec put(Report.row(), Step.t(), integer) :: Report.row()
   def put(row, step, job_began) do
-    Map.merge(row, %{
+    row
+    |> at(step.node)
+    |> Map.merge(%{
       worker: step.slot,
       began: seconds(step.started - job_began),
       ended: seconds(step.ended - job_began),
@@ -33,6 +35,9 @@ defmodule VivaTensor.Job.Span do
       verified: match?({:recall, _, _, _}, step.work)
     })
   end
+
+  defp at(row, nil), do: Map.delete(row, :node)
+  defp at(row, node), do: Map.put(row, :node, node)
 
   defp seconds(native), do: System.convert_time_unit(native, :native, :microsecond) / 1.0e6
 end

@@ -10,7 +10,9 @@ defmodule VivaTensor.Job.Status do
   - `bytes`, `bytes_done` - of the source's tensors
   - `bytes_written` - of the output's
   - `running` - names of the tensors being worked on
-  - `units` - the same with how long it takes already, and which attempt it is
+  - `units` - the same with how long it takes already, which attempt it is, and on which
+    node, if on another
+  - `nodes` - other nodes that have joined, and how many units each does at once
   - `quarantined` - tensors that were put aside
   - `memory` - bytes in flight over all jobs, as admission counts them, and what the native
     side holds
@@ -24,7 +26,10 @@ defmodule VivaTensor.Job.Status do
           bytes_done: non_neg_integer,
           bytes_written: non_neg_integer,
           running: [String.t()],
-          units: [%{name: String.t(), seconds: float, attempt: pos_integer}],
+          units: [
+            %{name: String.t(), seconds: float, attempt: pos_integer, node: node | nil}
+          ],
+          nodes: %{node => pos_integer},
           quarantined: non_neg_integer,
           memory: %{in_flight: non_neg_integer, limit: pos_integer, native: non_neg_integer},
           seconds: float,
@@ -41,7 +46,8 @@ defmodule VivaTensor.Job.Status do
     units =
       for {_ref, %{work: {:unit, unit, _}} = step} <- data.running do
         microseconds = System.convert_time_unit(now - step.started, :native, :microsecond)
-        %{name: unit.name, seconds: microseconds / 1.0e6, attempt: step.attempt}
+        seconds = microseconds / 1.0e6
+        %{name: unit.name, seconds: seconds, attempt: step.attempt, node: step.node}
       end
 
     rate = if seconds > 0, do: tally.bytes_done / seconds, else: 0.0
@@ -55,6 +61,7 @@ defmodule VivaTensor.Job.Status do
       bytes_written: tally.bytes_written,
       running: Enum.map(units, & &1.name),
       units: units,
+      nodes: Map.new(data.members.joined, fn {node, member} -> {node, member.workers} end),
       quarantined: map_size(tally.quarantined),
       memory: %{
         in_flight: Admission.in_flight(),

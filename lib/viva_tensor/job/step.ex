@@ -5,7 +5,8 @@ defmodule VivaTensor.Job.Step do
   done already, finish a shard.
 
   Its cancel flag is its own and made anew for each attempt, so that one that takes
-  too long can be asked to leave without any other.
+  too long can be asked to leave without any other. A step that was sent to another
+  `node` has its flag there, with the member that it is `away` with.
   """
 
   alias VivaTensor.Job.{Ledger, Manifest, Observation, Resumption, Shard, Span}
@@ -18,6 +19,8 @@ defmodule VivaTensor.Job.Step do
     :bytes,
     :ticket,
     :cancel,
+    :node,
+    :away,
     :pid,
     :timer,
     :slot,
@@ -40,6 +43,8 @@ defmodule VivaTensor.Job.Step do
           bytes: non_neg_integer,
           ticket: reference | nil,
           cancel: reference | nil,
+          node: node | nil,
+          away: {pid, reference} | nil,
           pid: pid | nil,
           timer: reference | nil,
           slot: non_neg_integer | nil,
@@ -82,26 +87,67 @@ defmodule VivaTensor.Job.Step do
   @spec begin(t, (() -> term), timeout, %{reference => t}) :: {reference, t}
   def begin(step, fun, timeout, running) do
     task = Task.Supervisor.async_nolink(Workers, fun)
+    {task.ref, step |> in_slot(running) |> began(task.pid, task.ref, timeout)}
+  end
 
+  @doc "The step, sent to a member on another node, where it will begin."
+  @spec away(t, node, {pid, reference}, %{reference => t}) :: t
+  def away(step, node, away, running) do
+    %{step | node: node, away: away, overdue: false} |> in_slot(running) |> started()
+  end
+
+  @doc "The step, begun by a worker; what comes after `timeout` has this `ref`."
+  @spec began(t, pid, reference, timeout) :: t
+  def began(step, pid, ref, timeout) do
     timer =
       if timed?(step) and timeout != :infinity,
-        do: Process.send_after(self(), {:overdue, task.ref}, timeout)
+        do: Process.send_after(self(), {:overdue, ref}, timeout)
 
-    slot = Span.free_slot(Map.values(running))
-    started = System.monotonic_time()
-    {task.ref, %{step | pid: task.pid, timer: timer, slot: slot, started: started}}
+    started(%{step | pid: pid, timer: timer})
+  end
+
+  defp started(step), do: %{step | started: System.monotonic_time()}
+
+  defp in_slot(step, running) do
+    there = for {_ref, other} <- running, other.node == step.node, do: other
+    %{step | slot: Span.free_slot(there)}
+  end
+
+  @doc "Asks the native call of a running step to leave."
+  @spec cancel(t) :: :ok
+  def cancel(%{away: {member, ref}}) do
+    send(member, {:cancel, ref})
+    :ok
+  end
+
+  def cancel(%{cancel: flag}), do: Native.cancel(flag)
+
+  @doc """
+  Kills the worker of a running step. Of one that is away the answer is not waited for:
+  its node may be the reason.
+  """
+  @spec kill(t) :: :ok
+  def kill(%{away: {_member, ref}, pid: pid}) do
+    if pid, do: Process.exit(pid, :kill)
+    send(self(), {:DOWN, ref, :process, pid, :killed})
+    :ok
+  end
+
+  def kill(%{pid: pid}) do
+    Process.exit(pid, :kill)
+    :ok
   end
 
   @doc "What is left of a step when its worker has returned."
   @spec ended(t) :: t
   def ended(step) do
     if step.timer, do: Process.cancel_timer(step.timer)
-    %{step | ticket: nil, pid: nil, timer: nil, ended: System.monotonic_time()}
+    %{step | ticket: nil, away: nil, pid: nil, timer: nil, ended: System.monotonic_time()}
   end
 
   @doc "The step, to be tried once more."
   @spec again(t) :: t
-  def again(step), do: %{step | attempt: step.attempt + 1}
+  def again(step), do: %{step | attempt: step.attempt + 1, node: nil}
 
   defp timed?(%{work: {:unit, _, _}}), do: true
   defp timed?(%{work: {:search, _}}), do: true

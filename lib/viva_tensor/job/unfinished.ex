@@ -104,6 +104,8 @@ defmodule VivaTensor.Job.Unfinished do
   @doc "Options to start its job again with, and those that go before."
   @spec options(t, keyword) :: keyword
   def options(%__MODULE__{options: options}, opts) do
+    # Without a name of its own, this node has no others to ask.
+    options = if Node.alive?(), do: options, else: Keyword.delete(options, :nodes)
     options |> Keyword.merge(opts) |> Keyword.merge(resume: true)
   end
 end

@@ -43,7 +43,7 @@ defmodule VivaTensor.Job.Worker do
 
   def prepare(%{work: {:unit, unit, id}, cancel: cancel} = step, job) do
     %{plan: %{checkpoint: %{ref: checkpoint}, work: work}} = job
-    metadata = Events.unit(step, unit)
+    metadata = Events.unit(step, unit, Map.get(job, :job, self()))
     in_shard(id, job, &Unit.run(unit, checkpoint, work, &1, cancel, metadata))
   end
 
@@ -58,6 +58,22 @@ defmodule VivaTensor.Job.Worker do
   end
 
   def prepare(%{work: {:finish, id}}, job), do: in_shard(id, job, &Shard.finish/1)
+
+  @doc "What another node has written and synced counts in the shard of this one as well."
+  @spec accept(Step.t(), result, Tally.t()) :: result
+        when result: {:ok, term} | {:error, Error.t()}
+  def accept(%{node: node, work: work}, {:ok, done}, tally) when node != nil do
+    parts =
+      case work do
+        {:unit, _unit, _id} -> elem(done, 2)
+        {:recall, _unit, _id, {:unit, found}} -> if done, do: found.parts, else: []
+      end
+
+    shard = tally.shards[elem(work, 2)].ref
+    with {:ok, _} <- shard |> Native.unit_accept(parts) |> Error.wrap(:output), do: {:ok, done}
+  end
+
+  def accept(_step, result, _tally), do: result
 
   defp in_shard(id, %{output: output, plan: plan} = job, fun) do
     with {:ok, %{ref: ref} = shard} <- Shard.open(job.tally.shards[id], output, plan) do
