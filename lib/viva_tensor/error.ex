@@ -24,7 +24,7 @@ defmodule VivaTensor.Error do
   | `:shape_overflow` | `shape` |
   | `:unsupported_dtype` | `op`, `dtype` |
   | `:indivisible` | `row`, `block` |
-  | `:non_finite` | `nan`, `inf`, `first`: counts, and the first one's index |
+  | `:non_finite` | `nan`, `inf`, `first`: counts, and the first one's index; `vector` where it is in one |
   | `:scale_overflow` | `scale`, `dtype` |
   | `:released` | |
   | `:layout_mismatch` | `layout`, `format`, `message` |
@@ -35,6 +35,8 @@ defmodule VivaTensor.Error do
   | `:cancelled` | |
   | `:missing_statistics` | `layers` |
   | `:already_quantized` | `quant_method` |
+  | `:invalid_vector` | `vector`, `message` |
+  | `:no_vectors` | |
   | `:changed` | `changes`: each with `what` and `how` |
   | `:unfinished`, `:nothing_to_resume` | `path` |
   | `:worker_crashed` | `work`, `attempts`, `reason` |

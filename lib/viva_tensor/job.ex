@@ -17,6 +17,11 @@ defmodule VivaTensor.Job do
 
       VivaTensor.Job.start(source: "viva-tiny-nf4", to: "viva-tiny-bf16", convert: :plain)
 
+  With `vectors:` it takes embedding vectors, as many as there are, and writes codes to
+  search in (`VivaTensor.Vectors`):
+
+      VivaTensor.Job.start(vectors: "embeddings.npy", to: "embeddings-int8", codes: :int8)
+
   A job decides for every tensor whether it is quantized or kept
   (`VivaTensor.Recipe`), or what it is converted to (`VivaTensor.Conversion`), runs
   one unit for each tensor in a worker process of its
@@ -43,7 +48,8 @@ defmodule VivaTensor.Job do
   `{:viva_tensor_job, job, event}`:
 
   - `{:planned, %{tensors: n, bytes: n}}`
-  - `{:unit, row}` for each finished unit, see `t:VivaTensor.Report.row/0`
+  - `{:unit, row}` for each finished unit, see `t:VivaTensor.Report.row/0`; of vectors it
+    has the `name`, `vectors`, `input_bytes` and `output_bytes` of a piece
   - `{:kept, %{name: name, reason: reason}}` for a weight with NaN or infinities,
     under `non_finite: :keep`
   - `{:retry, %{work: what, attempt: n, reason: reason}}` after a worker died, took too
@@ -59,10 +65,14 @@ defmodule VivaTensor.Job do
   """
 
   alias VivaTensor.{Error, Report}
-  alias VivaTensor.Job.{Machine, Options, Queue, Status, Unfinished}
+  alias VivaTensor.Job.{Machine, Options, Queue, Status, Unfinished, Vectors}
+  alias VivaTensor.Vectors.Recipe
 
   @type job :: pid
-  @type result :: {:ok, Report.t()} | {:partial, Report.t()} | {:error, Error.t()}
+  @type result ::
+          {:ok, Report.t() | VivaTensor.Vectors.Report.t()}
+          | {:partial, Report.t()}
+          | {:error, Error.t()}
 
   @doc """
   Starts a job under the application's supervisor. It outlives the caller.
@@ -93,6 +103,12 @@ defmodule VivaTensor.Job do
   - `:statistics` - for methods that look at activations: what the layers of this model
     meet, in a `VivaTensor.Calibration` or the file of one. Every weight that is
     quantized needs an entry. It may go beside a `VivaTensor.Recipe` too
+  - `:vectors` - instead of `:source`: a `.npy` file, one of tensors, or an `Enumerable` of
+    binaries, a vector each. The recipe is then a `VivaTensor.Vectors.Recipe`, or its
+    options, and the report a `VivaTensor.Vectors.Report`. Vectors are done piece by piece:
+    `:max_concurrency`, `:max_shard_size` and `:unit_timeout` mean nothing to them. What
+    was begun with a stream can be gone on with if it is given again: what is recorded
+    counts where its vectors are the same
   - `:convert` - the layout of a conversion, with `:dtype` if floats are to be cast:
     see `VivaTensor.Conversion.new/1`
 
@@ -127,6 +143,9 @@ defmodule VivaTensor.Job do
   Starts a job linked to the caller: it ends when the caller exits. Takes the options of `start/1`.
   """
   @spec start_link(keyword | Options.t()) :: {:ok, job} | {:error, Error.t()}
+  def start_link(%Options{recipe: %Recipe{}} = options),
+    do: :gen_statem.start_link(Vectors, options, [])
+
   def start_link(%Options{} = options), do: :gen_statem.start_link(Machine, options, [])
 
   def start_link(opts) do

@@ -102,7 +102,23 @@ defmodule VivaTensor.Native do
     unit_verify: [:shard, :parts, :cancel],
     unit_source_hash: [:checkpoint, :name, :conversion],
     file_identity: [:path],
-    file_hash: [:path]
+    file_hash: [:path],
+    matrix_open: [:path, :tensor],
+    matrix_rows: [:matrix, :first, :count],
+    matrix_give_back: [:matrix, :first, :count],
+    matrix_sample: [:matrix, :most],
+    vectors_settings: [:settings],
+    vectors_create: [:output, :settings, :sample, :ids, :queries, :rows],
+    vectors_row_bytes: [:writer],
+    vectors_write: [:writer, :first, :vectors, :cancel],
+    vectors_verify: [:writer, :first, :count, :piece, :cancel],
+    vectors_source_hash: [:vectors],
+    vectors_sync: [:writer],
+    vectors_finish: [:writer, :rows],
+    vectors_recall: [:writer, :oversample, :cancel],
+    vectors_open: [:path],
+    vectors_search: [:vectors, :queries, :most, :candidates, :hamming],
+    vectors_release: [:vectors]
   ]
 
   for {name, args} <- stubs do

@@ -52,7 +52,7 @@ defmodule VivaTensor.Report do
           required(:name) => String.t(),
           required(:shape) => [non_neg_integer],
           required(:dtype) => String.t(),
-          required(:action) => :quantize | :convert | :keep,
+          required(:action) => :quantize | :convert | :keep | :encode,
           required(:format) => atom,
           required(:reason) => String.t() | nil,
           required(:input_bytes) => non_neg_integer,
@@ -430,7 +430,9 @@ defmodule VivaTensor.Report do
     if noise > 0 and signal > 0, do: 10 * :math.log10(signal / noise)
   end
 
-  defp versions do
+  @doc "What the job ran on."
+  @spec versions() :: %{atom => String.t()}
+  def versions do
     %{
       viva_tensor: to_string(Application.spec(:viva_tensor, :vsn)),
       elixir: System.version(),

@@ -8,7 +8,7 @@ defmodule VivaTensor.Telemetry do
 
   | event | measurements | metadata |
   |---|---|---|
-  | `[:viva_tensor, :job, :start]` | `system_time` | `job`, `source`, `to`, `format` (`nil` for a conversion), `layout` |
+  | `[:viva_tensor, :job, :start]` | `system_time` | `job`, `source`, `to`, `format` (`nil` for a conversion, the codes of vectors), `layout` |
   | `[:viva_tensor, :job, :stop]` | `duration`, `input_bytes`, `output_bytes` | as above, and `quarantined`, a count |
   | `[:viva_tensor, :job, :exception]` | `duration` | as above, and `error` |
   | `[:viva_tensor, :unit, :start]` | `system_time` | `job`, `name`, `action`, `attempt` |

@@ -110,8 +110,8 @@ defmodule VivaTensor.Job.Events do
       job: self(),
       source: options.source,
       to: options.to,
-      format: Map.get(options.recipe, :format),
-      layout: options.recipe.layout
+      format: Map.get(options.recipe, :format) || Map.get(options.recipe, :codes),
+      layout: Map.get(options.recipe, :layout)
     }
   end
 end

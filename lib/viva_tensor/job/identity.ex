@@ -8,8 +8,9 @@ defmodule VivaTensor.Job.Identity do
   unit has a hash of what it was made from.
   """
 
-  alias VivaTensor.{Calibration, Conversion, Error, Native, Recipe, Size}
+  alias VivaTensor.{Calibration, Conversion, Error, Native, Recipe, Size, Vectors}
   alias VivaTensor.Job.{Options, Plan}
+  alias VivaTensor.Job.Vectors.Source
 
   @typedoc """
   `recipe` is what was asked for, in words; `files` are those of the source, by
@@ -58,14 +59,37 @@ defmodule VivaTensor.Job.Identity do
     end
   end
 
+  @doc "The identity of what becomes of vectors; a stream has no files."
+  @spec of_vectors(Options.t(), Source.t()) :: {:ok, t} | {:error, Error.t()}
+  def of_vectors(%Options{recipe: recipe}, source) do
+    with {:ok, files} <- files(source.files) do
+      recipe = recipe |> Vectors.Recipe.to_map() |> words()
+
+      {:ok,
+       %{
+         version: to_string(Application.spec(:viva_tensor, :vsn)),
+         recipe: recipe,
+         hash: hash(recipe),
+         non_finite: nil,
+         files: files,
+         tensors: hash({source.dtype, source.dimension, source.count}),
+         plan: <<>>
+       }}
+    end
+  end
+
   @doc "A hash of everything that decides what the output is."
   @spec digest(t) :: String.t()
   def digest(identity), do: identity |> hash() |> Base.encode16(case: :lower)
 
   @doc "Fails if the files of the source are not those that the identity is of."
   @spec same_source(t, Plan.t()) :: :ok | {:error, Error.t()}
-  def same_source(identity, plan) do
-    with {:ok, files} <- files(plan.checkpoint.files) do
+  def same_source(identity, plan), do: same_files(identity, plan.checkpoint.files)
+
+  @doc "The same of files."
+  @spec same_files(t, [Path.t()]) :: :ok | {:error, Error.t()}
+  def same_files(identity, files) do
+    with {:ok, files} <- files(files) do
       case for {name, now} <- files, now != identity.files[name], do: name do
         [] ->
           :ok

@@ -3,10 +3,11 @@ defmodule VivaTensor.Job.Options do
   The options of a job, checked once, before a process is started for it.
   """
 
-  alias VivaTensor.{Calibration, Conversion, Error, Recipe, Size}
+  alias VivaTensor.{Calibration, Conversion, Error, Recipe, Size, Vectors}
 
   @keys [
     :source,
+    :vectors,
     :to,
     :recipe,
     :memory_limit,
@@ -23,6 +24,7 @@ defmodule VivaTensor.Job.Options do
   @enforce_keys [:source, :to, :recipe]
   defstruct [
     :source,
+    :vectors,
     :to,
     :recipe,
     memory_limit: 512_000_000,
@@ -36,10 +38,12 @@ defmodule VivaTensor.Job.Options do
     notify: nil
   ]
 
+  @typedoc "There is no `source` where the vectors are a stream."
   @type t :: %__MODULE__{
-          source: Path.t(),
+          source: Path.t() | nil,
+          vectors: Enumerable.t() | nil,
           to: Path.t(),
-          recipe: Recipe.t() | Conversion.t(),
+          recipe: Recipe.t() | Conversion.t() | Vectors.Recipe.t(),
           memory_limit: pos_integer,
           max_concurrency: pos_integer | nil,
           max_shard_size: pos_integer,
@@ -56,7 +60,7 @@ defmodule VivaTensor.Job.Options do
   def new(opts) when is_list(opts) do
     {own, recipe_opts} = Keyword.split(opts, @keys)
 
-    with {:ok, source} <- path(own, :source),
+    with {:ok, source, vectors} <- sources(own),
          {:ok, to} <- path(own, :to),
          {:ok, memory_limit} <- size(own, :memory_limit, "512MB"),
          {:ok, max_shard_size} <- size(own, :max_shard_size, "5GB"),
@@ -72,6 +76,7 @@ defmodule VivaTensor.Job.Options do
       {:ok,
        %__MODULE__{
          source: source,
+         vectors: vectors,
          to: to,
          recipe: recipe,
          memory_limit: memory_limit,
@@ -93,7 +98,7 @@ defmodule VivaTensor.Job.Options do
   """
   @spec to_keyword(t) :: keyword
   def to_keyword(%__MODULE__{} = options) do
-    [source: Path.expand(options.source), to: Path.expand(options.to)] ++
+    [source(options), to: Path.expand(options.to)] ++
       Map.to_list(
         Map.take(options, [
           :memory_limit,
@@ -107,6 +112,13 @@ defmodule VivaTensor.Job.Options do
       ) ++ of_recipe(options.recipe)
   end
 
+  # A stream can only be given again.
+  defp source(%__MODULE__{source: nil}), do: {:vectors, :stream}
+  defp source(%__MODULE__{recipe: %Vectors.Recipe{}} = o), do: {:vectors, Path.expand(o.source)}
+  defp source(%__MODULE__{} = options), do: {:source, Path.expand(options.source)}
+
+  defp of_recipe(%Vectors.Recipe{} = recipe), do: Vectors.Recipe.to_options(recipe)
+
   defp of_recipe(%Conversion{layout: layout, dtype: dtype}), do: [convert: layout, dtype: dtype]
   defp of_recipe(%Recipe{} = recipe), do: Recipe.to_options(recipe)
 
@@ -114,6 +126,28 @@ defmodule VivaTensor.Job.Options do
   @spec workers(t) :: pos_integer
   def workers(%__MODULE__{max_concurrency: nil}), do: System.schedulers_online()
   def workers(%__MODULE__{max_concurrency: n}), do: n
+
+  defp sources(own) do
+    case {own[:source], own[:vectors]} do
+      {_, nil} ->
+        with {:ok, source} <- path(own, :source), do: {:ok, source, nil}
+
+      {nil, :stream} ->
+        invalid(:vectors, "what was begun is of a stream, which has to be given again")
+
+      {nil, path} when is_binary(path) ->
+        with {:ok, source} <- path(own, :vectors), do: {:ok, source, nil}
+
+      {nil, vectors} ->
+        if Enumerable.impl_for(vectors),
+          do: {:ok, nil, vectors},
+          else:
+            invalid(:vectors, "expected a path or a stream of binaries, got #{inspect(vectors)}")
+
+      _ ->
+        invalid(:vectors, "is another source; give one of them")
+    end
+  end
 
   defp path(own, key) do
     case Keyword.get(own, key) do
@@ -185,6 +219,10 @@ defmodule VivaTensor.Job.Options do
     invalid(:nodes, "other nodes do not have the statistics: save them, and give the file")
   end
 
+  defp for_other_nodes(_nodes, %Vectors.Recipe{}) do
+    invalid(:nodes, "vectors come one after the other, and one node does them")
+  end
+
   defp for_other_nodes(_nodes, _recipe), do: :ok
 
   defp notify(own) do
@@ -195,10 +233,19 @@ defmodule VivaTensor.Job.Options do
   end
 
   defp recipe(own, recipe_opts) do
-    with {:ok, recipe} <- chosen(Keyword.get(own, :recipe), recipe_opts) do
-      with_statistics(recipe)
-    end
+    recipe =
+      if own[:vectors],
+        do: of_vectors(own[:recipe], recipe_opts),
+        else: chosen(own[:recipe], recipe_opts)
+
+    with {:ok, recipe} <- recipe, do: with_statistics(recipe)
   end
+
+  defp of_vectors(nil, opts), do: Vectors.Recipe.new(opts)
+  defp of_vectors(%Vectors.Recipe{} = recipe, []), do: {:ok, recipe}
+
+  defp of_vectors(recipe, _opts),
+    do: invalid(:recipe, "expected a VivaTensor.Vectors.Recipe by itself, got #{inspect(recipe)}")
 
   defp chosen(nil, opts) do
     case Keyword.pop(opts, :convert) do

@@ -97,9 +97,10 @@ defmodule VivaTensor.Job.Unfinished do
     end
   end
 
-  @doc "What an unfinished output is made with, in a word: a format or a layout."
+  @doc "What an unfinished output is made with, in a word: a format, a layout or codes."
   @spec what(t) :: atom
-  def what(%__MODULE__{options: options}), do: options[:format] || options[:convert]
+  def what(%__MODULE__{options: options}),
+    do: options[:format] || options[:convert] || options[:codes]
 
   @doc "Options to start its job again with, and those that go before."
   @spec options(t, keyword) :: keyword

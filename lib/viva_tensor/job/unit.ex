@@ -34,7 +34,7 @@ defmodule VivaTensor.Job.Unit do
 
   @typedoc """
   `reason` says why a tensor is kept, has another format than the recipe's, or goes
-  without the scales of its method; `working_bytes` is what its method takes beside
+  without the scales of its method; what is encoded are vectors; `working_bytes` is what its method takes beside
   input and output; `from` is the layout that a converted one had, `quantized` whether the output has
   it quantized.
   """
@@ -43,7 +43,7 @@ defmodule VivaTensor.Job.Unit do
           name: String.t(),
           shape: [non_neg_integer],
           dtype: String.t(),
-          action: :quantize | :convert | :keep,
+          action: :quantize | :convert | :keep | :encode,
           format: atom,
           reason: String.t() | nil,
           input_bytes: non_neg_integer,

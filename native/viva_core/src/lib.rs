@@ -45,5 +45,6 @@ pub mod steps;
 pub mod tensor;
 pub mod transcode;
 pub mod unit;
+pub mod vectors;
 
 pub use error::{Error, Result};

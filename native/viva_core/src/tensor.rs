@@ -307,6 +307,24 @@ impl Tensor {
         Tensor::new(dtype, shape, Arc::clone(&self.storage), self.range.clone())
     }
 
+    /// Those rows of a matrix, in place.
+    ///
+    /// # Errors
+    /// `SizeMismatch` where it has fewer.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Tensor> {
+        let row = self.row_len() * self.dtype.size();
+        let range = self.range.start + rows.start * row..self.range.start + rows.end * row;
+        if range.end > self.range.end {
+            return Err(Error::SizeMismatch {
+                what: format!("rows of a matrix of shape {:?}, at most", self.shape),
+                expected: self.shape.first().copied().unwrap_or(0),
+                actual: rows.end,
+            });
+        }
+        let shape = vec![rows.len(), self.row_len()];
+        Tensor::new(self.dtype, shape, Arc::clone(&self.storage), range)
+    }
+
     /// Elements in place, when their dtype and alignment allow it.
     pub fn as_slice<T: bytemuck::AnyBitPattern>(&self) -> Option<&[T]> {
         bytemuck::try_cast_slice(self.bytes()).ok()

@@ -14,5 +14,6 @@ mod resource;
 mod system;
 mod tensor;
 mod terms;
+mod vectors;
 
 rustler::init!("Elixir.VivaTensor.Native");

@@ -10,12 +10,13 @@ use viva_core::Error;
 use viva_core::calibration::Calibration;
 use viva_core::convert::Conversion;
 use viva_core::format::Quantized;
-use viva_core::io::{Checkpoint, OutputDir, ShardWriter};
+use viva_core::io::{Checkpoint, Matrix, OutputDir, ShardWriter};
 use viva_core::method::fold::Observed;
 use viva_core::ops::Cancel;
 use viva_core::ops::packed::Packed;
 use viva_core::tensor::{DType, SharedBytes, Tensor, element_count};
 use viva_core::unit::Target;
+use viva_core::vectors::{Stored, Writer};
 
 /// A value that can be released before its last reference is gone.
 pub struct Slot<T>(RwLock<Option<Arc<T>>>);
@@ -61,6 +62,9 @@ resources!(
     ShardResource(ShardWriter),
     CalibrationResource(std::sync::Mutex<Calibration>),
     ObservedResource(Observed),
+    MatrixResource(Matrix),
+    WriterResource(Writer),
+    StoredResource(Slot<Stored>),
 );
 
 /// A flag that asks native calls to stop, and the count of those that have not
@@ -121,6 +125,9 @@ pub type TargetRef = ResourceArc<TargetResource>;
 pub type ConversionRef = ResourceArc<ConversionResource>;
 pub type OutputRef = ResourceArc<OutputResource>;
 pub type ShardRef = ResourceArc<ShardResource>;
+pub type MatrixRef = ResourceArc<MatrixResource>;
+pub type WriterRef = ResourceArc<WriterResource>;
+pub type StoredRef = ResourceArc<StoredResource>;
 pub type CancelRef = ResourceArc<CancelResource>;
 pub type ObservedRef = ResourceArc<ObservedResource>;
 pub type CalibrationRef = ResourceArc<CalibrationResource>;

@@ -1,13 +1,16 @@
 //! A model on disk: one safetensors or GGUF file, or a directory of them.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 
 use super::companions::{self, Companion};
 use super::entry::{Entry, unknown_tensor};
 use super::file::TensorFile;
+use super::mapped::Mapped;
 use super::{file_name, gguf, invalid, stays_inside};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -173,6 +176,11 @@ impl Checkpoint {
     /// [`Error::UnknownTensor`].
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         self.shard(name)?.bytes(name)
+    }
+
+    /// The mapping, and where in it the bytes of that entry are.
+    pub(super) fn mapping(&self, name: &str) -> Result<(Arc<Mapped>, Range<usize>)> {
+        self.shard(name)?.mapping(name)
     }
 
     /// Drops the resident pages of that entry, once it was read.

@@ -123,6 +123,11 @@ impl TensorFile {
         Ok(&(*self.map).as_ref()[range])
     }
 
+    /// The mapping, and where in it the bytes of that entry are.
+    pub(super) fn mapping(&self, name: &str) -> Result<(Arc<Mapped>, std::ops::Range<usize>)> {
+        Ok((Arc::clone(&self.map), self.in_file(self.entry(name)?)))
+    }
+
     /// Drops the resident pages of that entry; see [`Mapped::give_back`].
     ///
     /// # Errors

@@ -1,9 +1,10 @@
 //! Checkpoint files: reading in place, writing in a stream.
 //!
 //! Reading: [`Checkpoint`] finds the files of a model, [`TensorFile`] checks
-//! and maps one of them, and tensors share the mapping. Writing:
-//! [`ShardWriter`] fills one file from many threads, [`OutputDir`] makes a
-//! directory appear under its final name only when it is complete and synced.
+//! and maps one of them, and tensors share the mapping; a [`Matrix`] is read row by
+//! row. Writing: [`ShardWriter`] fills one file from many threads, [`RowsFile`] one whose
+//! length nobody knows yet, [`OutputDir`] makes a directory appear under its final name
+//! only when it is complete and synced.
 
 mod checkpoint;
 mod companions;
@@ -11,9 +12,12 @@ mod entry;
 mod file;
 pub mod gguf;
 mod mapped;
+mod matrix;
 mod metadata;
+mod npy;
 mod output;
 mod place;
+mod rows;
 mod safetensors;
 mod shard_file;
 mod shards;
@@ -25,9 +29,11 @@ pub(crate) use entry::unknown_tensor;
 pub use entry::{Entry, EntryDType};
 pub use file::TensorFile;
 pub use mapped::{Mapped, mapped_bytes};
+pub use matrix::Matrix;
 pub use metadata::Metadata;
 pub use output::{Found, OutputDir, Recorder, file_identity};
 pub(crate) use place::sync_directory;
+pub use rows::RowsFile;
 pub use shard_file::ShardFile;
 pub use shards::{WrittenShard, index_json, plan_shards, shard_name};
 pub use writer::{FixedEntry, LateEntry, ShardWriter};

@@ -65,8 +65,8 @@ pub(super) fn mark_of(file: &File) -> std::io::Result<String> {
     Ok(format!("{} {made}", metadata.ino()))
 }
 
-/// Opens a file, whatever it holds, with `len` bytes reserved on the disk.
-fn open_file(path: &Path, len: u64) -> Result<File> {
+/// Opens a file, whatever it holds, with `len` bytes reserved on the disk, if any are to be.
+pub(super) fn open_file(path: &Path, len: u64) -> Result<File> {
     let io = |e: std::io::Error| Error::io(path, &e);
     let file = OpenOptions::new()
         .read(true)
@@ -75,6 +75,9 @@ fn open_file(path: &Path, len: u64) -> Result<File> {
         .truncate(false)
         .open(path)
         .map_err(io)?;
+    if len == 0 {
+        return Ok(file);
+    }
     let reserved = loop {
         match fallocate(&file, FallocateFlags::empty(), 0, len) {
             Err(Errno::INTR) => continue,

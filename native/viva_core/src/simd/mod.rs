@@ -24,6 +24,7 @@ pub mod outliers;
 pub mod panel;
 pub mod product;
 pub mod runs;
+pub mod signs;
 pub mod sink;
 pub mod small_float;
 pub mod sparsity;
