@@ -7,6 +7,7 @@ defmodule CompareTest do
   alias VivaTensor.Test.{Directory, Safetensors}
 
   doctest VivaTensor.Compare
+  doctest VivaTensor.Compare.Histogram
   doctest VivaTensor.Plot
   doctest VivaTensor.Plot.Axis
   doctest VivaTensor.CLI.Compare

@@ -21,6 +21,7 @@ defmodule VivaTensor.Compare do
   """
 
   alias VivaTensor.{Calibration, Checkpoint, Error, Native, Quantized, Recipe, Report}
+  alias VivaTensor.Compare.{Front, Histogram}
 
   # Methods that look at the weights alone, and those that look at activations.
   @plain [:rtn, :mse, :hqq]
@@ -32,7 +33,8 @@ defmodule VivaTensor.Compare do
   @typedoc """
   One format by one method. `tensors` is how many of the tensors it can hold: a row that
   cannot hold them all is never on the front. `seconds` are those of quantizing;
-  `sqnr_db` is `nil` where there is no error.
+  `sqnr_db` is `nil` where there is no error; `histogram` is there on the front, if it was
+  asked for, see `VivaTensor.Compare.Histogram`.
   """
   @type row :: %{
           format: atom,
@@ -42,7 +44,8 @@ defmodule VivaTensor.Compare do
           output_error: float | nil,
           seconds: float,
           tensors: pos_integer,
-          front: boolean
+          front: boolean,
+          histogram: Histogram.t() | nil
         }
 
   @typedoc """
@@ -74,6 +77,8 @@ defmodule VivaTensor.Compare do
       layer: the weight's name without `.weight`
     * `held_out:` - another one, of activations that are measured on and that no method
       sees
+    * `histograms:` - `true` to see for the rows of the front where weights and the values
+      of codes are
     * `progress:` - `{state, function}`: called with the state and a map of how far it is,
       it gives the next state, as `VivaTensor.CLI.Progress.show/2` does
 
@@ -95,6 +100,7 @@ defmodule VivaTensor.Compare do
            candidates: candidates(options, seen),
            seen: seen,
            unseen: unseen,
+           histograms: options.histograms,
            progress: options.progress
          },
          {:ok, figures} <- measure(work) do
@@ -125,6 +131,7 @@ defmodule VivaTensor.Compare do
       scales: nil,
       activations: nil,
       held_out: nil,
+      histograms: false,
       progress: {nil, fn nil, _status -> nil end}
     }
 
@@ -314,14 +321,19 @@ defmodule VivaTensor.Compare do
         :timer.tc(fn -> VivaTensor.quantize(weight, format, options ++ seen) end)
 
       with {:ok, q} <- result,
-           {:ok, metrics} <- VivaTensor.metrics(weight, q, activations: rows) do
+           {:ok, metrics} <- VivaTensor.metrics(weight, q, activations: rows),
+           {:ok, histogram} <- histogram(work, weight, q) do
         Quantized.release(q)
-        {:ok, figures |> Map.merge(metrics) |> Map.put(:seconds, microseconds / 1.0e6)}
+        own = %{seconds: microseconds / 1.0e6, histogram: histogram}
+        {:ok, figures |> Map.merge(metrics) |> Map.merge(own)}
       else
         {:error, error} -> absence(error, figures)
       end
     end
   end
+
+  defp histogram(%{histograms: true}, weight, q), do: Histogram.of(weight, q)
+  defp histogram(_work, _weight, _q), do: {:ok, nil}
 
   defp weight(checkpoint, name) do
     case Checkpoint.get(checkpoint, name) do
@@ -359,7 +371,8 @@ defmodule VivaTensor.Compare do
         sqnr_db: Report.sqnr_db(measured),
         output_error: mean(measured),
         seconds: measured |> Enum.map(& &1.seconds) |> Enum.sum(),
-        tensors: length(measured)
+        tensors: length(measured),
+        histogram: measured |> Enum.map(& &1.histogram) |> Histogram.sum()
       }
     end
     |> Enum.sort_by(&{&1.tensors < tensors, &1.bits_per_weight, loss(&1), &1.format, &1.method})
@@ -383,7 +396,8 @@ defmodule VivaTensor.Compare do
     for row <- rows do
       mine = {row.bits_per_weight, loss(row)}
       beaten? = Enum.any?(whole, &(&1 != mine and beats?(&1, mine)))
-      Map.put(row, :front, row.tensors == tensors and not beaten?)
+      front? = row.tensors == tensors and not beaten?
+      %{Map.put(row, :front, front?) | histogram: if(front?, do: row.histogram)}
     end
   end
 
@@ -411,31 +425,10 @@ defmodule VivaTensor.Compare do
   """
   @spec svg(t) :: iodata
   def svg(%__MODULE__{} = compared) do
-    error? = compared.measured_on != nil
-
-    points =
-      for row <- compared.rows, y = if(error?, do: row.output_error, else: row.sqnr_db) do
-        %{
-          x: row.bits_per_weight,
-          y: y,
-          label: "#{row.format} #{row.method}",
-          series: to_string(row.method),
-          front: row.front
-        }
-      end
-
-    VivaTensor.Plot.scatter(points,
-      title: "#{Path.basename(compared.source)}: #{about(compared)}",
-      x: "bits per weight",
-      y: axis(compared.measured_on),
-      log: error?,
-      front: "Pareto front: no other has fewer bits and less error"
-    )
+    measured_on = compared.measured_on && to_string(compared.measured_on)
+    title = "#{Path.basename(compared.source)}: #{about(compared)}"
+    Front.svg(compared.rows, measured_on, title)
   end
-
-  defp axis(nil), do: "SQNR of the weights, dB"
-  defp axis(:held_out), do: "relative error of the output, on unseen activations"
-  defp axis(:calibration), do: "relative error of the output, on the calibration itself"
 
   @doc "What was compared on, in a few words."
   @spec about(t) :: String.t()

@@ -59,6 +59,7 @@ defmodule VivaTensor.Native do
     matmul_packed_small: [:x, :packed, :epilogue],
     packed_release: [:packed],
     quantized_metrics: [:x, :quantized],
+    quantized_histogram: [:x, :quantized],
     quantized_output_error: [:w, :quantized, :x],
     quantized_dump: [:quantized],
     quantized_load: [:binary],

@@ -28,7 +28,7 @@ defmodule Mix.Tasks.Viva.Compare do
     * `--held-out` - another one, which no method sees: the output error is measured on
       its rows. Without it, on those of `--activations`, and the table says so.
     * `--svg` - a plot of the rows, written to this file
-    * `--json` - print the rows as JSON
+    * `--json` - print the rows as JSON, which `mix viva.report` draws
 
   ## Examples
 

@@ -57,7 +57,8 @@ defmodule VivaTensor.CLI.Compare do
   def run(flags) do
     {own, options} = Keyword.split(flags, [:source, :json, :svg])
     progress = Progress.new()
-    result = Compare.run(own[:source], [progress: {progress, &Progress.show/2}] ++ options)
+    ours = [progress: {progress, &Progress.show/2}, histograms: own[:json] == true]
+    result = Compare.run(own[:source], ours ++ options)
     Progress.finish(progress)
 
     with {:ok, compared} <- result,

@@ -2,7 +2,9 @@
 
 use rustler::{Atom, Binary, Encoder, Env, OwnedBinary, Term};
 use viva_core::ops::metrics::DB_PER_BIT;
-use viva_core::ops::{Cancel, dequantize, dump, metrics, output_error, packed, quantize};
+use viva_core::ops::{
+    Cancel, dequantize, dump, histogram, metrics, output_error, packed, quantize,
+};
 use viva_core::{format, layout};
 
 use crate::error::Outcome;
@@ -68,6 +70,19 @@ fn quantized_metrics<'a>(env: Env<'a>, x: TensorRef, q: QuantizedRef) -> Outcome
         ),
     ];
     Ok(metrics_map(env, &m, &more))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn quantized_histogram<'a>(env: Env<'a>, x: TensorRef, q: QuantizedRef) -> Outcome<Term<'a>> {
+    let found = histogram::quantized(&*x.0.get()?, &*q.0.get()?)?;
+    let counts = |h: histogram::Histogram| {
+        let fields = [
+            ("weights", h.weights.encode(env)),
+            ("values", h.values.encode(env)),
+        ];
+        terms::map(env, &fields)
+    };
+    Ok(found.map(counts).encode(env))
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]

@@ -144,7 +144,7 @@ fn compare(
     })
 }
 
-fn same_shape(x: &Tensor, shape: &[usize]) -> Result<()> {
+pub(super) fn same_shape(x: &Tensor, shape: &[usize]) -> Result<()> {
     if x.shape() == shape {
         return Ok(());
     }

@@ -6,6 +6,7 @@ pub mod cast;
 pub mod dequantize;
 pub mod dump;
 pub mod epilogue;
+pub mod histogram;
 pub mod int8;
 pub mod limits;
 pub mod llm_int8;
