@@ -77,10 +77,12 @@ defmodule VivaTensor.Plot do
     xs = axis(Enum.map(points, & &1.x), false, @left, @width - @right)
     ys = axis(Enum.map(points, & &1.y), log?, @height - @bottom, @top)
     series = points |> Enum.map(& &1.series) |> Enum.uniq() |> Enum.sort()
+    # Room for the title, if there is one.
+    top = if options[:title], do: 0, else: 30
     placed = for p <- points, do: Map.merge(p, %{cx: at(xs, p.x), cy: at(ys, p.y)})
 
     [
-      ~s(<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 #{@width} #{@height}" ),
+      ~s(<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 #{top} #{@width} #{@height - top}" ),
       ~s(class="viva-plot" role="img" aria-label="#{Markup.escape(options[:title] || "plot")}">\n),
       ["<style>\n", @style, colours(series), "</style>\n"],
       ~s(<rect width="#{@width}" height="#{@height}" fill="var(--ground\)"/>\n),

@@ -1,8 +1,8 @@
 defmodule VivaTensor.Compare.Histogram do
   @moduledoc """
   How the weights of a tensor are spread, beside the values that the codes of a format
-  give them: each divided by the largest magnitude of the weights that share its scale,
-  and counted in bins from -1 to 1.
+  give them, counted in bins from the least to the greatest value of each block; those of a
+  symmetric format have zero in the middle.
 
       iex> w = VivaTensor.Tensor.from_list!([1.0, 0.1, 0.0, -1.0], :f32, [1, 4])
       iex> q = VivaTensor.quantize!(w, :nf4)

@@ -30,6 +30,18 @@ fn a_codebook_is_seen_where_its_values_are() {
 }
 
 #[test]
+fn integers_with_a_zero_point_are_evenly_apart() {
+    let x: Vec<f32> = gaussian(64 * 128, 4).iter().map(|v| v + 0.5).collect();
+    let x = f32_tensor(&[64, 128], &x);
+    let q = quantized(&x, &make("int3", &[("block_size", int(128))]));
+    let found = histogram::quantized(&x, &q).unwrap().unwrap();
+    // A rounded zero point leaves a few blocks without one of their ends.
+    let even = (0..8).map(|code| found.values[bin(code as f32 / 3.5 - 1.0)]);
+    assert!(even.clone().all(|count| count > 0));
+    assert!(even.sum::<u64>() > 64 * 128 * 9 / 10);
+}
+
+#[test]
 fn every_weight_is_counted_twice_or_none_is() {
     let x = f32_tensor(&[8, 512], &gaussian(8 * 512, 2));
     for spec in every_spec() {

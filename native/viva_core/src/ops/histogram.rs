@@ -11,8 +11,8 @@ pub const BINS: usize = 129;
 /// Weights that are looked at: many for each bin, however large the tensor is.
 const MOST: usize = 1 << 20;
 
-/// Counts of weights, and of the values that they were given, each divided by the
-/// largest magnitude of the weights that share its scale.
+/// Counts of weights, and of the values that they were given. Those of a block lie between
+/// its least and its greatest value; around zero where the format is symmetric.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Histogram {
     pub weights: Vec<u64>,
@@ -41,18 +41,43 @@ pub fn quantized(x: &Tensor, q: &Quantized) -> Result<Option<Histogram>> {
         values: vec![0; BINS],
     };
     for (x, y) in x.chunks(block.max(1)).zip(y.chunks(block.max(1))) {
-        let largest = x.iter().fold(0f32, |most, v| most.max(v.abs()));
+        let span = Span::of(y, q.spec.symmetric);
         for (x, y) in x.iter().zip(y) {
-            found.weights[bin(*x, largest)] += 1;
-            found.values[bin(*y, largest)] += 1;
+            found.weights[span.bin(*x)] += 1;
+            found.values[span.bin(*y)] += 1;
         }
     }
     Ok(Some(found))
 }
 
-/// The bin of a number; what is past the largest is in the last.
-fn bin(value: f32, largest: f32) -> usize {
-    let middle = (BINS / 2) as f32;
-    let part = if largest > 0.0 { value / largest } else { 0.0 };
-    (middle + (part * middle).round()).clamp(0.0, 2.0 * middle) as usize
+/// Where the values of a block lie.
+struct Span {
+    middle: f32,
+    half: f32,
+}
+
+impl Span {
+    fn of(values: &[f32], symmetric: bool) -> Span {
+        let least = values.iter().copied().fold(f32::INFINITY, f32::min);
+        let most = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if symmetric {
+            let half = most.max(-least);
+            Span { middle: 0.0, half }
+        } else {
+            let half = (most - least) / 2.0;
+            let middle = least + half;
+            Span { middle, half }
+        }
+    }
+
+    /// The bin of a number; what is past the values of its block is in the last.
+    fn bin(&self, value: f32) -> usize {
+        let middle = (BINS / 2) as f32;
+        let part = if self.half > 0.0 {
+            (value - self.middle) / self.half
+        } else {
+            0.0
+        };
+        (middle + (part * middle).round()).clamp(0.0, 2.0 * middle) as usize
+    }
 }
