@@ -4,7 +4,7 @@ defmodule VivaTensor.BrowserTest do
 
   import VivaTensor.Test.Jobs
 
-  alias VivaTensor.Page
+  alias VivaTensor.{Compare, Native, Page}
   alias VivaTensor.Test.{Browser, Directory, Pages}
 
   @moduletag timeout: 600_000
@@ -72,7 +72,7 @@ defmodule VivaTensor.BrowserTest do
       const style = getComputedStyle(element);
       const svg = element instanceof SVGElement;
       const text = [...element.childNodes].some(n => n.nodeType === 3 && n.data.trim());
-      if (text && !["SCRIPT", "STYLE", "title"].includes(element.tagName)) {
+      if (text && !element.matches("script, style, title")) {
         if (ratio(element, svg ? style.fill : style.color) < 4.5) faint.push(element.outerHTML);
       } else if (element.matches(".mark > .quantized, .mark > .kept, .mark > .verified, .dot")) {
         if (ratio(element, style.fill) < 3) faint.push(element.outerHTML);
@@ -134,6 +134,22 @@ defmodule VivaTensor.BrowserTest do
 
   test "a page of hundreds of tensors can be read", c do
     assert_readable(c, write!(c, Pages.job(400)))
+  end
+
+  test "a page of a comparison can be read", c do
+    options = [formats: [:int3, :int4, :nf4, :int8, :sparse24], methods: [:rtn, :mse, :hqq]]
+    {:ok, compared} = Compare.run(@model, [histograms: true] ++ options)
+    {:ok, json} = compared |> Map.from_struct() |> Native.json_encode(false)
+    {:ok, data} = Native.json_decode(json)
+    assert_readable(c, write!(c, data))
+
+    Browser.open(c.browser, Path.join(c.dir, "page.html"), {1280, 900}, "light")
+    marks = Browser.evaluate(c.browser, "document.querySelectorAll('#front .mark').length")
+    assert marks == length(compared.rows)
+    # The drawing, then its points.
+    for _ <- 1..2, do: Browser.press(c.browser, "Tab")
+    said = Browser.evaluate(c.browser, "document.querySelector('#front output').value")
+    assert said =~ ~r/^\w+ (rtn|mse|hqq): [\d.]+, [\d.]+$/
   end
 
   test "names are text, however long and whatever is in them", c do

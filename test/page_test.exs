@@ -95,6 +95,64 @@ defmodule VivaTensor.PageTest do
     end
   end
 
+  describe "the page of a comparison" do
+    setup c do
+      argv = [@model, "--formats", "nf4,int4,int8,sparse24", "--methods", "rtn,hqq", "--json"]
+      {0, json, _} = Test.Task.run(Viva.Compare, argv)
+      path = Path.join(c.dir, "compared.json")
+      File.write!(path, json)
+      {:ok, compared} = Native.json_decode(json)
+      {:ok, path: path, compared: compared}
+    end
+
+    test "has its front, the codebooks on it, every format and what is absent", c do
+      assert {0, stdout, ""} = Test.Task.run(Viva.Report, [c.path])
+      assert stdout =~ "compared.html: "
+      html = File.read!(Path.join(c.dir, "compared.html"))
+      assert html =~ "<h1>Formats on viva-tiny</h1>"
+      assert html =~ "14 tensors, 1,179,648 weights together"
+      assert html =~ "SQNR of the weights, dB"
+      front = for row <- c.compared["rows"], row["front"], do: row
+      assert length(front) in 2..(length(c.compared["rows"]) - 1)
+
+      for row <- c.compared["rows"] do
+        assert html =~ "#{row["format"]} #{row["method"]}"
+        # Millions of weights are counted for what nothing beats alone.
+        assert is_map(row["histogram"]) == row["front"]
+        drawn = "aria-label=\"Weights against the values of #{row["format"]} #{row["method"]}\""
+        assert html =~ drawn == row["front"]
+      end
+
+      assert html =~ "the format has no such method"
+      assert html =~ "nf4 hqq, sparse24 hqq"
+    end
+
+    test "without histograms has none, and of other rows there is no page", c do
+      rows = for row <- c.compared["rows"], do: Map.delete(row, "histogram")
+      refute page!(%{c.compared | "rows" => rows}) =~ "codebook"
+      assert page!(%{c.compared | "rows" => []}) =~ "Formats on"
+      [row | rows] = c.compared["rows"]
+
+      for wrong <- [%{row | "bits_per_weight" => "4"}, %{row | "format" => nil}, 1] do
+        assert {:error, _} = Page.render(%{c.compared | "rows" => [wrong | rows]})
+      end
+
+      for wrong <- [[1], %{"weights" => [1, -1], "values" => [1, 1]}, %{"weights" => []}] do
+        assert page!(%{c.compared | "rows" => [%{row | "histogram" => wrong}]}) =~ "Every format"
+      end
+    end
+  end
+
+  test "workers of several nodes have lanes of their own" do
+    rows =
+      for {row, index} <- Enum.with_index(Pages.job(16)["tensors"]),
+          do: Map.put(row, "node", if(index > 7, do: "b@host"))
+
+    html = page!(%{Pages.job(16) | "tensors" => rows})
+    assert html =~ "What each of 16 workers did"
+    assert html =~ ">worker 3<" and html =~ ">b@host worker 3<"
+  end
+
   test "mix viva.report says what is wrong", c do
     File.write!(c.to, "{}")
     assert {3, "", stderr} = Test.Task.run(Viva.Report, [c.to])

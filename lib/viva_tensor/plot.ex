@@ -141,7 +141,7 @@ defmodule VivaTensor.Plot do
 
     [
       rules.(@light),
-      "@media (prefers-color-scheme: dark) {\n",
+      "@media screen and (prefers-color-scheme: dark) {\n",
       ".viva-plot { --ground: #16181c; --ink: #eceef1; --faint: #9aa1aa; --grid: #2b2f36; }\n",
       rules.(@dark),
       "}\n"
