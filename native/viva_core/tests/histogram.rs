@@ -63,7 +63,7 @@ fn a_large_tensor_is_looked_at_in_part_and_zeros_are_zeros() {
     let q = quantized(&x, &make("int8", &[("block_size", int(100))]));
     let found = histogram::quantized(&x, &q).unwrap().unwrap();
     let counted: u64 = found.weights.iter().sum();
-    assert!(counted > 1_000_000 && counted < 1_100_000 && counted % 100 == 0);
+    assert!(counted > 1_000_000 && counted < 1_100_000 && counted.is_multiple_of(100));
     assert_eq!(found.weights[bin(0.0)], counted - 1);
     assert_eq!(found.weights, found.values);
     let empty = f32_tensor(&[0, 64], &[]);
