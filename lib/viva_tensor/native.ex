@@ -110,7 +110,6 @@ defmodule VivaTensor.Native do
     matrix_sample: [:matrix, :most],
     vectors_settings: [:settings],
     vectors_create: [:output, :settings, :sample, :ids, :queries, :rows],
-    vectors_row_bytes: [:writer],
     vectors_write: [:writer, :first, :vectors, :cancel],
     vectors_verify: [:writer, :first, :count, :piece, :cancel],
     vectors_source_hash: [:vectors],

@@ -4,7 +4,7 @@ defmodule VivaTensor.CLI.Job do
   signals that cancel it.
   """
 
-  alias VivaTensor.{CLI, Error, Job, Report}
+  alias VivaTensor.{CLI, Error, Job}
   alias VivaTensor.CLI.{Nodes, Progress}
   alias VivaTensor.Job.{Events, Failure}
 
@@ -191,11 +191,11 @@ defmodule VivaTensor.CLI.Job do
 
   defp finish({:error, error}, task, flags), do: CLI.failure(task, error, flags)
 
-  defp print(report, flags) do
+  defp print(%kind{} = report, flags) do
     if flags[:json] do
-      IO.puts(CLI.json(Report.to_map(report)))
+      IO.puts(CLI.json(kind.to_map(report)))
     else
-      IO.puts(Report.table(report))
+      IO.puts(kind.table(report))
     end
   end
 end

@@ -196,7 +196,7 @@ defmodule VivaTensor.CLI.Jobs do
           "#{u.tensors_done}/#{u.tensors}",
           Size.format(u.bytes_done),
           Size.format(u.bytes),
-          u.options[:source]
+          u.options[:source] || to_string(u.options[:vectors])
         ]
       end
     )
@@ -212,8 +212,17 @@ defmodule VivaTensor.CLI.Jobs do
     |> Map.merge(%{
       state: state(unfinished),
       as: Unfinished.what(unfinished),
-      source: unfinished.options[:source]
+      source: unfinished.options[:source] || unfinished.options[:vectors]
     })
+  end
+
+  defp summary(%{"vectors" => vectors} = report) do
+    [
+      "#{report["source"]} -> #{report["target"]}\n",
+      "vectors    #{vectors}, #{Size.format(report["input_bytes"])} -> " <>
+        "#{Size.format(report["codes_bytes"])} of codes\n",
+      for(%{"rescored" => found} <- [report["recall"]], found, do: "recall     #{found}\n")
+    ]
   end
 
   defp summary(report) do

@@ -60,9 +60,16 @@ defmodule VivaTensor.CLI.Progress do
   def line(%{state: :planning}), do: "reading the source"
   def line(%{state: :scaling}), do: "choosing the scales of columns"
 
-  def line(status) do
-    "#{status.tensors_done}/#{status.tensors} tensors  " <>
-      "#{Size.format(status.bytes_done)} of #{Size.format(status.bytes)}  " <>
+  def line(%{vectors: %{done: done, of: of}} = status),
+    do: line("#{done}#{if of, do: " of #{of}"} vectors", status)
+
+  def line(status), do: line("#{status.tensors_done}/#{status.tensors} tensors", status)
+
+  defp line(done, status) do
+    # Of a stream nobody knows how long it is.
+    all = if status.bytes > 0, do: " of #{Size.format(status.bytes)}", else: ""
+
+    "#{done}  #{Size.format(status.bytes_done)}#{all}  " <>
       "#{:erlang.float_to_binary(status.bytes_per_second / 1.0e9, decimals: 2)} GB/s" <>
       phase(status)
   end

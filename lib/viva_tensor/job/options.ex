@@ -112,6 +112,13 @@ defmodule VivaTensor.Job.Options do
       ) ++ of_recipe(options.recipe)
   end
 
+  @doc "Fails for options that no other VM could start the job with."
+  @spec restartable(t) :: :ok | {:error, Error.t()}
+  def restartable(%__MODULE__{source: nil}),
+    do: invalid(:vectors, "a stream cannot be kept in a queue: write it to a file")
+
+  def restartable(%__MODULE__{}), do: :ok
+
   # A stream can only be given again.
   defp source(%__MODULE__{source: nil}), do: {:vectors, :stream}
   defp source(%__MODULE__{recipe: %Vectors.Recipe{}} = o), do: {:vectors, Path.expand(o.source)}

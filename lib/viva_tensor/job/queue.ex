@@ -40,7 +40,8 @@ defmodule VivaTensor.Job.Queue do
   @doc "Adds a job with the options of `VivaTensor.Job.start/1`; `:notify` is of no use here."
   @spec add(GenServer.server(), keyword) :: {:ok, pos_integer} | {:error, Error.t()}
   def add(queue \\ __MODULE__, opts) do
-    with {:ok, options} <- Options.new(opts) do
+    with {:ok, options} <- Options.new(opts),
+         :ok <- Options.restartable(options) do
       call(queue, {:add, Options.to_keyword(options)})
     end
   end

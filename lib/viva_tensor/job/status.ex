@@ -16,9 +16,11 @@ defmodule VivaTensor.Job.Status do
   - `quarantined` - tensors that were put aside
   - `memory` - bytes in flight over all jobs, as admission counts them, and what the native
     side holds
-  - `eta_seconds` - `nil` until there is a rate to tell it from
+  - `eta_seconds` - `nil` until there is a rate to tell it from, and for a stream
+  - `vectors` - of a job that compresses them; a stream's job knows of no end
   """
   @type t :: %{
+          optional(:vectors) => %{done: non_neg_integer, of: non_neg_integer | nil},
           state: atom,
           tensors: non_neg_integer,
           tensors_done: non_neg_integer,

@@ -101,12 +101,6 @@ fn vectors_create(
     Ok(WriterRef::new(WriterResource(writer)))
 }
 
-/// Bytes that a vector takes in the files.
-#[rustler::nif]
-fn vectors_row_bytes(writer: WriterRef) -> usize {
-    writer.0.row_bytes()
-}
-
 /// `{output_bytes, source_hash, sha256, nearest}`.
 type PieceTerm = (usize, Bytes, Bytes, Bytes);
 

@@ -78,11 +78,6 @@ impl Writer {
         })
     }
 
-    /// Bytes that a vector takes in the files.
-    pub fn row_bytes(&self) -> usize {
-        self.files.iter().map(RowsFile::row_bytes).sum()
-    }
-
     /// Encodes and writes vectors from the one of that number on.
     ///
     /// # Errors
