@@ -63,7 +63,8 @@ defmodule VivaTensor.MixProject do
       main: "readme",
       extras:
         ["README.md", "docs/formats.md" | Path.wildcard("docs/formats/*.md")] ++
-          ["docs/methods.md", "docs/layouts.md", "docs/jobs.md", "docs/kernels.md"] ++
+          ["docs/methods.md", "docs/layouts.md", "docs/jobs.md", "docs/vectors.md"] ++
+          ["docs/kernels.md"] ++
           ["docs/adding-a-format.md"] ++
           ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"],
       groups_for_extras: [Formats: ~r"docs/formats"]
