@@ -5,7 +5,7 @@ defmodule VivaTensor.BrowserTest do
   import VivaTensor.Test.Jobs
 
   alias VivaTensor.{Compare, Native, Page}
-  alias VivaTensor.Test.{Browser, Directory, Pages}
+  alias VivaTensor.Test.{Browser, Directory, Pages, Safetensors}
 
   @moduletag timeout: 600_000
 
@@ -150,6 +150,13 @@ defmodule VivaTensor.BrowserTest do
     for _ <- 1..2, do: Browser.press(c.browser, "Tab")
     said = Browser.evaluate(c.browser, "document.querySelector('#front output').value")
     assert said =~ ~r/^\w+ (rtn|mse|hqq): [\d.]+, [\d.]+$/
+  end
+
+  test "a page of vectors can be read", c do
+    vectors = for seed <- 1..40, do: Safetensors.normal(32, seed)
+    to = Path.join(c.dir, "out")
+    {:ok, _} = run(vectors: vectors, dimension: 32, dtype: :f32, to: to, codes: :binary)
+    assert_readable(c, Path.join(to, "report.html"))
   end
 
   test "names are text, however long and whatever is in them", c do

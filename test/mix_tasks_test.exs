@@ -162,7 +162,7 @@ defmodule VivaTensor.MixTasksTest do
             {[@model, "--to", to], "--format is missing"},
             {[@model, "--to", to, "--formt", "nf4"],
              "unknown flag --formt; did you mean --format?"},
-            {[@model, "--to", to, "--format", "nf4", "--nodes", "a@b"], "unknown flag --nodes"},
+            {[@model, "--to", to, "--format", "nf4", "--nodes", "one"], "is no name of a node"},
             {[@model, "--to", to, "--format", "nf4", "--block-size", "big"], ~s(cannot be "big")},
             {[@model, "--to", to, "--format", "nf4", "--threads", "0"], "--threads"},
             {[@model, "--to", to, "--format", "nf5"], "did you mean nf4?"},

@@ -95,6 +95,23 @@ defmodule VivaTensor.PageTest do
     end
   end
 
+  test "the page of a job of vectors has its recall and the sizes of its parts", c do
+    opts = [dimension: 32, dtype: :f32, codes: :binary, queries: 4]
+    vectors = for seed <- 1..40, do: Test.Safetensors.normal(32, seed)
+    {:ok, report} = run([vectors: vectors, to: c.to] ++ opts)
+    html = File.read!(Path.join(c.to, "report.html"))
+    assert html =~ "<h1>a stream → out</h1>"
+    assert html =~ "binary codes, scored again by int8, cosine"
+    for search <- ["by codes alone", "the best scored again"], do: assert(html =~ search)
+    for file <- report.files, do: assert(html =~ Path.rootname(file.name))
+
+    {:ok, data} = c.to |> Path.join("report.json") |> File.read!() |> Native.json_decode()
+    assert page!(data) == html
+    refute page!(%{data | "recall" => nil}) =~ "Recall"
+    refute page!(put_in(data["recall"]["codes"], "all")) =~ "by codes alone"
+    assert {:error, _} = Page.render(%{data | "vectors" => -1})
+  end
+
   describe "the page of a comparison" do
     setup c do
       argv = [@model, "--formats", "nf4,int4,int8,sparse24", "--methods", "rtn,hqq", "--json"]

@@ -19,7 +19,7 @@ defmodule VivaTensor.Page do
   import VivaTensor.Markup, only: [element: 3, to_iodata: 1]
 
   alias VivaTensor.{Error, Markup}
-  alias VivaTensor.Page.{Compare, Job, Parts}
+  alias VivaTensor.Page.{Compare, Job, Parts, Vectors}
 
   @typedoc "What a page is made of."
   @type page :: %{
@@ -29,7 +29,7 @@ defmodule VivaTensor.Page do
           footer: Markup.content()
         }
 
-  @kinds [Job, Compare]
+  @kinds [Job, Vectors, Compare]
 
   for file <- ~w(page.css page.js) do
     @external_resource Path.join(__DIR__, "page/#{file}")

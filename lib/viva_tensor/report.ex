@@ -383,12 +383,15 @@ defmodule VivaTensor.Report do
   def layer(name) do
     parts = String.split(name, ".")
 
-    case Enum.find_index(parts, &(&1 =~ ~r/^\d+$/)) do
+    case Enum.find_index(parts, &number?/1) do
       nil when length(parts) == 1 -> name
       nil -> parts |> Enum.drop(-1) |> Enum.join(".")
       index -> parts |> Enum.take(index + 1) |> Enum.join(".")
     end
   end
+
+  defp number?(""), do: false
+  defp number?(part), do: for(<<c <- part>>, c not in ?0..?9, do: c) == []
 
   # Totals
 

@@ -153,7 +153,7 @@ defmodule VivaTensor.Vectors.CodesTest do
     assert Vectors.Report.table(report) =~ "not measured"
 
     assert to |> File.ls!() |> Enum.sort() ==
-             ~w(codes.safetensors report.json scale.safetensors) ++
+             ~w(codes.safetensors report.html report.json scale.safetensors) ++
                ["vectors.safetensors.index.json"]
   end
 end

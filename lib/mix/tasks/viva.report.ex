@@ -6,8 +6,8 @@ defmodule Mix.Tasks.Viva.Report do
 
       mix viva.report PATH [--to FILE.html] [--force]
 
-  PATH is what `mix viva.quantize` or `mix viva.convert` wrote, its `report.json`, or a file
-  with what `mix viva.compare --json` printed. The page needs nothing else: it can be
+  PATH is a directory that a job wrote, its `report.json`, or a file with what
+  `mix viva.compare --json` printed. The page needs nothing else: it can be
   mailed, printed, and read in light or dark. A job writes `report.html` into its
   output by itself.
 

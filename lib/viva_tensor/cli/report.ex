@@ -4,7 +4,7 @@ defmodule VivaTensor.CLI.Report do
   """
 
   alias VivaTensor.{CLI, Error, Native, Page, Size}
-  alias VivaTensor.Job.{FileError, Unfinished}
+  alias VivaTensor.Job.{FileError, ReportFiles, Unfinished}
 
   @task "viva.report"
 
@@ -49,7 +49,7 @@ defmodule VivaTensor.CLI.Report do
       path
     else
       places = [path | for({:ok, unfinished} <- [Unfinished.of(path)], do: unfinished.directory)]
-      paths = for place <- places, do: Path.join(place, "report.json")
+      paths = for place <- places, do: Path.join(place, ReportFiles.json())
       Enum.find(paths, hd(paths), &File.exists?/1)
     end
   end

@@ -5,13 +5,11 @@ defmodule VivaTensor.Job.Publication do
   appears under its own name.
   """
 
-  alias VivaTensor.{Error, Native, Page, Recipe, Report}
-  alias VivaTensor.Job.{FileError, Identity, Ledger, Options, Plan, Shard, Tally}
+  alias VivaTensor.{Error, Native, Recipe, Report}
+  alias VivaTensor.Job.{FileError, Identity, Ledger, Options, Plan, ReportFiles, Shard, Tally}
 
   @config "config.json"
   @index "model.safetensors.index.json"
-  @report "report.json"
-  @page "report.html"
 
   @typedoc "What is needed of a job."
   @type job :: %{
@@ -72,7 +70,7 @@ defmodule VivaTensor.Job.Publication do
   def published(options, identity) do
     digest = Identity.digest(identity)
 
-    with {:ok, json} <- options.to |> Path.join(@report) |> File.read(),
+    with {:ok, json} <- options.to |> Path.join(ReportFiles.json()) |> File.read(),
          {:ok, %{"identity" => ^digest} = map} <- Native.json_decode(json) do
       {:ok, Report.from_map(map, options.recipe)}
     else
@@ -95,14 +93,7 @@ defmodule VivaTensor.Job.Publication do
   defp write_report(output, options, fields) do
     report = report(options, fields)
 
-    with {:ok, json} <-
-           report |> Report.to_map() |> Native.json_encode(true) |> Error.wrap(:output),
-         {:ok, _} <- write(output, @report, json),
-         # The page is of the file, as `mix viva.report` draws it again.
-         {:ok, data} <- json |> Native.json_decode() |> Error.wrap(:output),
-         {:ok, page} <- Page.render(data),
-         {:ok, _} <- write(output, @page, IO.iodata_to_binary(page)),
-         do: {:ok, report}
+    with :ok <- ReportFiles.write(output, Report.to_map(report)), do: {:ok, report}
   end
 
   defp report(options, fields) do
@@ -184,7 +175,7 @@ defmodule VivaTensor.Job.Publication do
   # A report in the source is of another job.
   defp carry_companions(output, plan, but) do
     plan.checkpoint.companions
-    |> Enum.reject(&(&1.relative in [@report, @page | but]))
+    |> Enum.reject(&(&1.relative in (ReportFiles.names() ++ but)))
     |> each(&carry(output, &1))
   end
 

@@ -41,7 +41,7 @@ defmodule VivaTensor.Page.Job do
     aside = list(report["quarantined"])
 
     %{
-      title: "#{base(report["source"])} → #{base(report["target"])}",
+      title: title(report),
       lead: [
         element("p", [class: "lead"], about(report["recipe"])),
         if(aside != [],
@@ -61,15 +61,9 @@ defmodule VivaTensor.Page.Job do
         kept(rows),
         tensors(rows, ids)
       ],
-      footer: [
-        paths(report),
-        versions(report["versions"])
-      ]
+      footer: origin(report)
     }
   end
-
-  defp base(path) when is_binary(path), do: Path.basename(path)
-  defp base(_path), do: "?"
 
   defp list(list) when is_list(list), do: Enum.filter(list, &is_map/1)
   defp list(_other), do: []
@@ -85,9 +79,6 @@ defmodule VivaTensor.Page.Job do
     Enum.join(["#{format}#{text(recipe["layout"])} layout" | settings], ", ")
   end
 
-  defp text(value) when is_binary(value) or is_number(value), do: to_string(value)
-  defp text(value), do: inspect(value)
-
   # At a glance
 
   defp overview(report) do
@@ -99,7 +90,7 @@ defmodule VivaTensor.Page.Job do
         Enum.filter(
           [
             {"On disk before", size(before), nil},
-            {"On disk after", size(now), saved(before, now)},
+            {"On disk after", size(now), change(before, now)},
             if(is_number(report["bits_per_weight"]),
               do: {"Bits per weight", decimals(report["bits_per_weight"], 3), "quantized tensors"}
             ),
@@ -114,7 +105,7 @@ defmodule VivaTensor.Page.Job do
                 {"Tensors", count(Enum.sum(counted)),
                  "#{Enum.at(counted, 0)} quantized, #{Enum.at(counted, 1)} kept"}
             ),
-            {"Time", time(report["seconds"]), "#{size(round(report["bytes_per_second"]))}/s"}
+            duration(report)
           ],
           & &1
         )
@@ -122,11 +113,6 @@ defmodule VivaTensor.Page.Job do
       whole(before, now)
     ])
   end
-
-  defp saved(before, now) when now <= before and now > 0,
-    do: "#{decimals(before / now, 2)}x smaller"
-
-  defp saved(before, now), do: "#{decimals(now / max(before, 1), 2)}x larger"
 
   defp lowest(%{"sqnr_db" => lowest}) when is_number(lowest),
     do: "lowest #{decimals(lowest, 2)} dB"
@@ -223,29 +209,4 @@ defmodule VivaTensor.Page.Job do
     do: "#{text(format)}: #{text(reason)}"
 
   defp stored_as(row), do: row["action"]
-
-  defp code(name), do: element("code", [], name)
-
-  # Where it is from
-
-  defp paths(report) do
-    element("p", [], [
-      code(text(report["source"])),
-      " → ",
-      code(text(report["target"])),
-      if(is_binary(report["identity"]),
-        do: [", identity ", code(String.slice(report["identity"], 0, 12))]
-      )
-    ])
-  end
-
-  defp versions(%{"viva_tensor" => version} = versions) do
-    element(
-      "p",
-      [],
-      "viva_tensor #{text(version)}, Elixir #{text(versions["elixir"])}, OTP #{text(versions["otp"])}"
-    )
-  end
-
-  defp versions(_none), do: nil
 end

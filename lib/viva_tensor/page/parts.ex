@@ -226,6 +226,61 @@ defmodule VivaTensor.Page.Parts do
     "#{div(minutes, 60)} h #{rem(minutes, 60)} min"
   end
 
+  @doc "A word or number of a report, whatever it is."
+  @spec text(term) :: String.t()
+  def text(value) when is_binary(value) or is_number(value), do: to_string(value)
+  def text(value), do: inspect(value)
+
+  @doc """
+  How much less bytes are, or more.
+
+      iex> {VivaTensor.Page.Parts.change(300, 100), VivaTensor.Page.Parts.change(100, 150)}
+      {"3.00x smaller", "1.50x larger"}
+  """
+  @spec change(non_neg_integer, non_neg_integer) :: String.t()
+  def change(before, now) when now <= before and now > 0,
+    do: "#{decimals(before / now, 2)}x smaller"
+
+  def change(before, now), do: "#{decimals(now / max(before, 1), 2)}x larger"
+
+  @doc "The tile of how long a job took."
+  @spec duration(map) :: {String.t(), String.t(), String.t()}
+  def duration(%{"seconds" => seconds, "bytes_per_second" => rate}),
+    do: {"Time", time(seconds), "#{size(round(rate))}/s"}
+
+  @doc "What the page of a job is called."
+  @spec title(map) :: String.t()
+  def title(report), do: "#{base(report["source"], "a stream")} → #{base(report["target"], "?")}"
+
+  defp base(path, _else) when is_binary(path), do: Path.basename(path)
+  defp base(_none, other), do: other
+
+  @doc "The code-like name of a thing."
+  @spec code(String.t()) :: Markup.element()
+  def code(name), do: element("code", [], name)
+
+  @doc "From where to where a job went, and by which program."
+  @spec origin(map) :: Markup.content()
+  def origin(report) do
+    from = if is_binary(report["source"]), do: code(report["source"]), else: "a stream"
+
+    identity =
+      if is_binary(report["identity"]),
+        do: [", identity ", code(String.slice(report["identity"], 0, 12))]
+
+    [
+      element("p", [], [from, " → ", code(text(report["target"])), identity]),
+      program(report["versions"])
+    ]
+  end
+
+  defp program(%{"viva_tensor" => version, "elixir" => elixir, "otp" => otp}) do
+    versions = "viva_tensor #{text(version)}, Elixir #{text(elixir)}, OTP #{text(otp)}"
+    element("p", [], versions)
+  end
+
+  defp program(_unknown), do: nil
+
   @doc "One thing, or many of it."
   @spec plural(integer, String.t()) :: String.t()
   def plural(1, what), do: "1 #{what}"

@@ -26,17 +26,19 @@ defmodule VivaTensor.Page.Sizes do
   end
 
   defp layers(rows) do
-    grouped = Enum.group_by(rows, &Report.layer(&1["name"]))
-
-    for name <- rows |> Enum.map(&Report.layer(&1["name"])) |> Enum.uniq() do
-      {kept, changed} = Enum.split_with(grouped[name], &(&1["action"] == "keep"))
-      before = sum(grouped[name], "input_bytes")
+    rows
+    |> Enum.with_index()
+    |> Enum.group_by(fn {row, _index} -> Report.layer(row["name"]) end)
+    |> Enum.sort_by(fn {_name, [{_row, first} | _]} -> first end)
+    |> Enum.map(fn {name, rows} ->
+      {kept, changed} = Enum.split_with(rows, fn {row, _} -> row["action"] == "keep" end)
+      before = sum(rows, "input_bytes")
       %{name: name, before: before, kept: bytes(kept), changed: bytes(changed)}
-    end
+    end)
   end
 
   defp bytes(rows), do: sum(rows, "output_bytes")
-  defp sum(rows, key), do: rows |> Enum.map(& &1[key]) |> Enum.sum()
+  defp sum(rows, key), do: Enum.reduce(rows, 0, fn {row, _}, sum -> sum + row[key] end)
 
   defp row(layer, widest) do
     bytes = layer.kept + layer.changed

@@ -9,11 +9,10 @@ defmodule VivaTensor.Job.Vectors.Worker do
   """
 
   alias VivaTensor.{Error, Native, Telemetry}
-  alias VivaTensor.Job.{Admission, Identity, Manifest, Options, Unit, Vectors}
+  alias VivaTensor.Job.{Admission, Identity, Manifest, Options, ReportFiles, Unit, Vectors}
   alias VivaTensor.Job.Vectors.{Left, Source}
   alias VivaTensor.Vectors.{Recipe, Report}
 
-  @report "report.json"
   # What encoding takes for each element, beside the element.
   @element_bytes 16
 
@@ -112,7 +111,7 @@ defmodule VivaTensor.Job.Vectors.Worker do
   defp published(options, identity, error) do
     digest = Identity.digest(identity)
 
-    with {:ok, json} <- options.to |> Path.join(@report) |> File.read(),
+    with {:ok, json} <- options.to |> Path.join(ReportFiles.json()) |> File.read(),
          {:ok, %{"identity" => ^digest} = map} when identity.files != %{} <-
            Native.json_decode(json) do
       {:complete, Report.from_map(map, options.recipe)}
@@ -229,9 +228,7 @@ defmodule VivaTensor.Job.Vectors.Worker do
            set.writer |> Native.vectors_recall(oversample, run.cancel) |> Error.wrap(:output),
          fields = fields(set, source, files, recall, run),
          report = report(options, fields),
-         {:ok, json} <-
-           report |> Report.to_map() |> Native.json_encode(true) |> Error.wrap(:output),
-         {:ok, _} <- set.output |> Native.output_write(@report, json) |> Error.wrap(:output),
+         :ok <- ReportFiles.write(set.output, Report.to_map(report)),
          {:ok, set} <- record({:published, fields}, set),
          {:ok, _path} <- set.output |> Native.output_commit() |> Error.wrap(:output) do
       {:ok, report}
