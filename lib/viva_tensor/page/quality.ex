@@ -53,7 +53,8 @@ defmodule VivaTensor.Page.Quality do
         mark(title, href.(row), element("circle", class: "dot", cx: x, cy: 13, r: 4.5))
       end
 
-    {kind, drawing(26, [grid(axis), dots]), range(lowest, List.last(rows))}
+    {String.replace_suffix(kind, ".weight", ""), drawing(26, [grid(axis), dots]),
+     range(lowest, List.last(rows))}
   end
 
   defp range(lowest, highest) do
