@@ -7,7 +7,10 @@ defmodule VivaTensor.Vectors do
   `mean` that was taken from all, and what the best are scored by again, `rescore` and
   `rescore_scale`. What they are to the bit is in `docs/vectors.md`.
 
-      iex> vectors = for i <- 1..500, do: for j <- 1..8, into: <<>>, do: <<:math.sin(i * j)::little-float-32>>
+      iex> vectors =
+      ...>   for i <- 1..500 do
+      ...>     for j <- 1..8, into: <<>>, do: <<:math.sin(i * j)::little-float-32>>
+      ...>   end
       iex> to = Path.join(System.tmp_dir!(), "vectors-#{System.os_time()}")
       iex> {:ok, job} = VivaTensor.Job.start(vectors: vectors, to: to, codes: :int8)
       iex> {:ok, report} = VivaTensor.Job.await(job)
