@@ -59,7 +59,7 @@ defmodule VivaTensor.Page.Job do
         Quality.section(rows, href),
         Timeline.section(rows, report["seconds"], href),
         kept(rows),
-        tensors(rows, ids)
+        every_tensor(rows, ids)
       ],
       footer: origin(report)
     }
@@ -69,50 +69,58 @@ defmodule VivaTensor.Page.Job do
   defp list(_other), do: []
 
   defp about(recipe) do
-    settings =
-      for {key, value} <-
-            Enum.sort(Map.merge(recipe["settings"] || %{}, Map.take(recipe, ["dtype"]))),
+    settings = if is_map(recipe["settings"]), do: recipe["settings"], else: %{}
+
+    words =
+      for {key, value} <- settings |> Map.merge(Map.take(recipe, ["dtype"])) |> Enum.sort(),
           value not in [nil, false],
           do: if(value == true, do: key, else: "#{key} #{text(value)}")
 
     format = recipe["format"] && "#{text(recipe["format"])} in "
-    Enum.join(["#{format}#{text(recipe["layout"])} layout" | settings], ", ")
+    Enum.join(["#{format}#{text(recipe["layout"])} layout" | words], ", ")
   end
 
   # At a glance
 
   defp overview(report) do
     {before, now} = {report["input_bytes"], report["output_bytes"]}
-    counted = for n <- [report["quantized"], report["kept"]], is_integer(n), do: n
 
     section("overview", "At a glance", nil, [
-      tiles(
-        Enum.filter(
-          [
-            {"On disk before", size(before), nil},
-            {"On disk after", size(now), change(before, now)},
-            if(is_number(report["bits_per_weight"]),
-              do: {"Bits per weight", decimals(report["bits_per_weight"], 3), "quantized tensors"}
-            ),
-            if(is_number(report["sqnr_db"]),
-              do: {"SQNR", [decimals(report["sqnr_db"], 2), " dB"], lowest(report["worst"])}
-            ),
-            if(is_integer(report["lossless"]),
-              do: {"Lossless", count(report["lossless"]), "of the converted tensors"}
-            ),
-            if(length(counted) == 2,
-              do:
-                {"Tensors", count(Enum.sum(counted)),
-                 "#{Enum.at(counted, 0)} quantized, #{Enum.at(counted, 1)} kept"}
-            ),
-            duration(report)
-          ],
-          & &1
-        )
-      ),
+      tiles([
+        {"On disk before", size(before), nil},
+        {"On disk after", size(now), change(before, now)},
+        bits(report["bits_per_weight"]),
+        sqnr(report["sqnr_db"], report["worst"]),
+        lossless(report["lossless"]),
+        tensors(report),
+        duration(report)
+      ]),
       whole(before, now)
     ])
   end
+
+  defp bits(bits) when is_number(bits),
+    do: {"Bits per weight", decimals(bits, 3), "quantized tensors"}
+
+  defp bits(_none), do: nil
+
+  defp sqnr(sqnr, worst) when is_number(sqnr),
+    do: {"SQNR", [decimals(sqnr, 2), " dB"], lowest(worst)}
+
+  defp sqnr(_none, _worst), do: nil
+
+  defp lossless(count) when is_integer(count),
+    do: {"Lossless", count(count), "of the converted tensors"}
+
+  defp lossless(_none), do: nil
+
+  defp tensors(%{"quantized" => quantized, "kept" => kept})
+       when is_integer(quantized) and is_integer(kept) do
+    about = "#{count(quantized)} quantized, #{count(kept)} kept"
+    {"Tensors", count(quantized + kept), about}
+  end
+
+  defp tensors(_report), do: nil
 
   defp lowest(%{"sqnr_db" => lowest}) when is_number(lowest),
     do: "lowest #{decimals(lowest, 2)} dB"
@@ -159,7 +167,7 @@ defmodule VivaTensor.Page.Job do
 
   defp bytes(rows), do: rows |> Enum.map(& &1["output_bytes"]) |> Enum.sum()
 
-  defp tensors(rows, ids) do
+  defp every_tensor(rows, ids) do
     shown = Enum.take(rows, @most_rows)
 
     note =

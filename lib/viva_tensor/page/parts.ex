@@ -21,7 +21,7 @@ defmodule VivaTensor.Page.Parts do
     ])
   end
 
-  @doc "Figures at a glance: what they are of, the figure, and a remark."
+  @doc "Figures at a glance: what they are of, the figure, and a remark. `nil` is none."
   @spec tiles([{String.t(), Markup.content(), Markup.content()} | nil]) :: Markup.element()
   def tiles(tiles) do
     element(
@@ -247,6 +247,11 @@ defmodule VivaTensor.Page.Parts do
   @spec duration(map) :: {String.t(), String.t(), String.t()}
   def duration(%{"seconds" => seconds, "bytes_per_second" => rate}),
     do: {"Time", time(seconds), "#{size(round(rate))}/s"}
+
+  @doc "What was done to those of these rows of a report that were not kept."
+  @spec done([map]) :: String.t()
+  def done(rows),
+    do: if(Enum.any?(rows, &(&1["action"] == "convert")), do: "converted", else: "quantized")
 
   @doc "What the page of a job is called."
   @spec title(map) :: String.t()

@@ -19,9 +19,11 @@ defmodule VivaTensor.Page.Sizes do
     {drawn, note} = at_most(layers, @most, & &1.before, "the largest layers")
     widest = drawn |> Enum.map(&max(&1.before, &1.kept + &1.changed)) |> Enum.max() |> max(1)
 
+    done = done(rows)
+
     section("sizes", "Size of each layer", "Bytes of its tensors before and after.#{note}", [
-      legend([{"before", "before"}, {"quantized", "after, quantized"}, {"kept", "after, kept"}]),
-      plot("Size of each layer", rows(for layer <- drawn, do: row(layer, widest)))
+      legend([{"before", "before"}, {"quantized", "after, #{done}"}, {"kept", "after, kept"}]),
+      plot("Size of each layer", rows(for layer <- drawn, do: row(layer, done, widest)))
     ])
   end
 
@@ -40,12 +42,12 @@ defmodule VivaTensor.Page.Sizes do
   defp bytes(rows), do: sum(rows, "output_bytes")
   defp sum(rows, key), do: Enum.reduce(rows, 0, fn {row, _}, sum -> sum + row[key] end)
 
-  defp row(layer, widest) do
+  defp row(layer, done, widest) do
     bytes = layer.kept + layer.changed
     figure = "#{size(layer.before)} → #{size(bytes)}"
 
     parts =
-      for {what, n} <- [{"quantized", layer.changed}, {"kept", layer.kept}],
+      for {what, n} <- [{done, layer.changed}, {"kept", layer.kept}],
           n > 0,
           do: "#{size(n)} #{what}"
 

@@ -30,39 +30,38 @@ defmodule VivaTensor.Page.Timeline do
 
   defp drawn(timed, seconds, href) do
     {units, note} = at_most(timed, @most, &length_of/1, "the longest units")
-    lanes = Enum.group_by(units, &{&1["node"], &1["worker"]})
-    {lanes, more} = at_most(Enum.sort(lanes), @most_workers, &busy/1, "the busiest workers")
-    axis = Axis.new([0 | Enum.map(timed, & &1["ended"])] ++ [seconds], margin: 0)
+    busy = Enum.reduce(timed, %{}, &busier/2)
+    units = Enum.group_by(units, &worker/1)
+    workers = busy |> Map.keys() |> Enum.sort()
+    {shown, more} = at_most(workers, @most_workers, &busy[&1], "the busiest workers")
+    axis = Axis.new([0, seconds | Enum.map(timed, & &1["ended"])], margin: 0)
 
     about =
-      "What each of #{plural(lane_count(timed), "worker")} did when, in seconds since the " <>
-        "job began."
+      "What each of #{plural(length(workers), "worker")} did when, in seconds since the job " <>
+        "began, and how long it worked."
 
     again = if Enum.any?(timed, & &1["verified"]), do: [{"verified", "done before, verified"}]
-    names = legend([{"quantized", "quantized"}, {"kept", "kept"} | again || []])
+    lanes = for worker <- shown, do: lane(worker, units[worker] || [], busy[worker], axis, href)
 
     section("time", "Time line", "#{about}#{note}#{more}", [
-      names,
+      legend([{"quantized", done(timed)}, {"kept", "kept"} | again || []]),
       plot("Time line of units by worker", [
-        rows(for {worker, units} <- lanes, do: lane(worker, units, axis, href)),
+        rows(lanes),
         rows([{nil, scale(axis, "seconds"), nil}])
       ])
     ])
   end
 
-  defp lane_count(timed), do: timed |> Enum.uniq_by(&{&1["node"], &1["worker"]}) |> length()
-
+  defp worker(row), do: {row["node"], row["worker"]}
   defp length_of(row), do: row["ended"] - row["began"]
-  defp busy({_worker, units}), do: units |> Enum.map(&length_of/1) |> Enum.sum()
 
-  defp lane({node, worker} = id, units, axis, href) do
+  defp busier(row, busy),
+    do: Map.update(busy, worker(row), length_of(row), &(&1 + length_of(row)))
+
+  defp lane({node, worker}, units, busy, axis, href) do
     bars = for unit <- Enum.sort_by(units, & &1["began"]), do: bar(unit, axis, href)
-    busy = time(busy({id, units}))
-    {Enum.join(List.wrap(node) ++ ["worker #{worker}"], " "), lane_drawing(axis, bars), busy}
-  end
-
-  defp lane_drawing(axis, bars) do
-    drawing(@height + 6, [grid(axis), bars])
+    name = Enum.join(List.wrap(node) ++ ["worker #{worker}"], " ")
+    {name, drawing(@height + 6, [grid(axis), bars]), time(busy)}
   end
 
   defp bar(unit, axis, href) do
@@ -85,8 +84,7 @@ defmodule VivaTensor.Page.Timeline do
 
   defp what(%{"verified" => true}), do: "verified"
   defp what(%{"action" => "keep"}), do: "kept"
-  defp what(%{"action" => "convert"}), do: "converted"
-  defp what(_row), do: "quantized"
+  defp what(row), do: done([row])
 
   defp attempt(n) when is_integer(n) and n > 1, do: ", attempt #{n}"
   defp attempt(_first), do: nil
