@@ -20,6 +20,7 @@ defmodule VivaTensor do
     * `VivaTensor.Checkpoint`: files of tensors.
     * `VivaTensor.Job`: supervised compression of a checkpoint, or its conversion to
       another layout (`VivaTensor.Conversion`).
+    * `VivaTensor.Vectors`: embedding vectors as codes, and searches in them.
   """
 
   alias VivaTensor.{Calibration, Error, Native, Packed, Quantized, Tensor}

@@ -3,9 +3,10 @@
 #     make faults                       (mix run test/faults/run.exs in the test environment)
 #     ... run.exs --seed 7 --moments 50
 #
-# - SIGKILL at seeded random moments across a job, as many as asked for,
+# - SIGKILL at seeded random moments across a job, as many as asked for, and half as many
+#   across one that compresses vectors,
 # - SIGKILL before every sync, rename and unlink of a job, once as it is and once with
-#   everything lost that was not synced, as a power cut does it,
+#   everything lost that was not synced, as a power cut does it; of both,
 # - bytes changed in what a killed VM had finished,
 # - a disk that is full and has room later,
 # - workers killed at random while a job runs,
@@ -91,6 +92,21 @@ try do
   redone = random |> Enum.map(& &1.redone) |> Enum.max()
   rows = [done.("SIGKILL at random moments", random, redone)]
 
+  vectors = Faults.vectors!(Path.join(root, "source/vectors.npy"), 5)
+  codes = [codes: :binary, rescore: :none, queries: 5]
+  streamed = Faults.scene!(Path.join(root, "vectors"), vectors, codes)
+  long = Enum.min(for _ <- 1..2, do: Faults.duration(streamed))
+
+  random =
+    until.(div(moments, 2), fn ->
+      run = Faults.killed_after(streamed, :rand.uniform(long))
+      if run.redone > streamed.may_redo, do: raise("#{run.redone} bytes were done again")
+      run
+    end)
+
+  redone = random |> Enum.map(& &1.redone) |> Enum.max()
+  rows = rows ++ [done.("SIGKILL at random moments, vectors", random, redone)]
+
   damaged =
     until.(div(moments, 4), fn ->
       Faults.killed_after(scene, :rand.uniform(length), fn ->
@@ -114,21 +130,26 @@ try do
         small = [format: :nf4, max_concurrency: 1, max_shard_size: "600KB"]
         tiny = Faults.scene!(Path.join(root, "tiny"), model, small)
 
-        for {what, opts} <- [{"SIGKILL", []}, {"power cut", [power: :cut]}], reduce: rows do
+        for {what, opts} <- [{"SIGKILL", []}, {"power cut", [power: :cut]}],
+            {scene, of} <- [{tiny, ""}, {streamed, ", vectors"}],
+            reduce: rows do
           rows ->
-            runs = every_boundary.(tiny, library, opts)
-            rows ++ [done.("#{what} before every sync and rename", runs, "-")]
+            runs = every_boundary.(scene, library, opts)
+            rows ++ [done.("#{what} before every sync and rename#{of}", runs, "-")]
         end
     end
 
   rows =
-    case Faults.full_disk(scene) do
-      :not_allowed ->
-        IO.puts("SKIPPED: a full disk: this process may not mount a file system")
-        rows
+    for {scene, of} <- [{scene, ""}, {streamed, ", vectors"}], reduce: rows do
+      rows ->
+        case Faults.full_disk(scene) do
+          :not_allowed ->
+            IO.puts("SKIPPED: a full disk: this process may not mount a file system")
+            rows
 
-      runs ->
-        rows ++ [done.("a full disk", runs, "-")]
+          runs ->
+            rows ++ [done.("a full disk#{of}", runs, "-")]
+        end
     end
 
   workers =

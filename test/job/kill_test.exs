@@ -21,6 +21,28 @@ defmodule VivaTensor.Job.KillTest do
     end
   end
 
+  test "nor does one that compresses vectors", %{dir: dir} do
+    source = Faults.vectors!(Path.join(dir, "source/vectors.npy"), 3)
+    opts = [codes: :binary, rescore: :none, queries: 5]
+    scene = Faults.scene!(Path.join(dir, "scene"), source, opts)
+
+    for milliseconds <- [0, 60] do
+      run = Faults.killed_after(scene, milliseconds)
+      assert run.redone <= scene.may_redo
+    end
+
+    with library when library != nil <- Faults.compile(dir) do
+      calls = Faults.boundaries(scene, library)
+      assert Enum.any?(calls, &(&1 =~ "codes.safetensors"))
+      # In the middle of the second piece, and when the output is about to appear.
+      assert Faults.killed_at(scene, library, 6, power: :cut).killed
+      last = length(calls)
+
+      for number <- [last - 6, last - 1],
+          do: Faults.killed_at(scene, library, number, power: :cut)
+    end
+  end
+
   test "nor does one that is killed at a sync, or with all that was not synced", %{dir: dir} do
     opts = [format: :nf4, max_concurrency: 1, max_shard_size: "600KB"]
     scene = Faults.scene!(Path.join(dir, "scene"), @model, opts)

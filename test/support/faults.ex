@@ -14,21 +14,22 @@ defmodule VivaTensor.Test.Faults do
   @patience_ms 600_000
 
   @doc """
-  A source and a recipe in a directory of their own, with what a job makes of them when
-  nothing interrupts it.
+  A source, of weights or of vectors, and a recipe in a directory of their own, with what a
+  job makes of them when nothing interrupts it.
   """
   def scene!(dir, source, opts) do
     File.mkdir_p!(dir)
     # As the kernel names it to the library that counts calls below it.
     {dir, 0} = System.cmd("realpath", [dir])
     dir = String.trim(dir)
-    opts = [source: Path.expand(source)] ++ opts
+    {kind, workers} = if opts[:codes], do: {:vectors, 1}, else: {:source, workers(opts)}
+    opts = [{kind, Path.expand(source)} | opts]
     calm = Path.join(dir, "calm")
-    {:ok, report} = Jobs.run([to: calm] ++ opts)
+    {:ok, job} = Job.start([to: calm, notify: self()] ++ opts)
+    {:ok, _report} = Job.await(job)
     digests = Jobs.digests(calm)
     File.rm_rf!(calm)
-    sizes = Map.new(report.tensors, &{&1.name, &1.input_bytes})
-    workers = Keyword.get(opts, :max_concurrency, System.schedulers_online())
+    sizes = Map.new(rows(job), &{&1.name, &1.input_bytes})
 
     %{
       dir: dir,
@@ -38,6 +39,39 @@ defmodule VivaTensor.Test.Faults do
       sizes: sizes,
       may_redo: workers * (sizes |> Map.values() |> Enum.max())
     }
+  end
+
+  defp workers(opts), do: Keyword.get(opts, :max_concurrency, System.schedulers_online())
+
+  defp rows(job) do
+    receive do
+      {:viva_tensor_job, ^job, {:unit, row}} -> [row | rows(job)]
+    after
+      0 -> []
+    end
+  end
+
+  @doc "A matrix of vectors in f16, 8 MB for each of `count` pieces, and a bit."
+  def vectors!(path, count) do
+    dimension = 4096
+    vectors = 1024 * count + 50
+    header = "{'descr': '<f2', 'fortran_order': False, 'shape': (#{vectors}, #{dimension}), }"
+    header = String.pad_trailing(header, 117) <> "\n"
+
+    noise =
+      for <<x::little-float-32 <- Safetensors.normal(dimension, 2)>>,
+        into: <<>>,
+        do: <<x::little-float-16>>
+
+    rows =
+      for n <- 0..(vectors - 1) do
+        cut = rem(n * 74, byte_size(noise))
+        [binary_part(noise, cut, byte_size(noise) - cut), binary_part(noise, 0, cut)]
+      end
+
+    File.mkdir_p!(Path.dirname(path))
+    File.write!(path, [<<0x93, "NUMPY", 1, 0, byte_size(header)::little-16>>, header | rows])
+    path
   end
 
   @doc "A checkpoint of `count` matrices of 1 MB, in f32."

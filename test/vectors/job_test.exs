@@ -269,9 +269,9 @@ defmodule VivaTensor.Vectors.JobTest do
 
     job = Jobs.start!(opts)
     assert_receive {:reached, worker}, 60_000
+    # The worker ends with its job.
     monitors = for pid <- [job, worker], do: Process.monitor(pid)
     Process.exit(job, :kill)
-    Process.exit(worker, :kill)
     for monitor <- monitors, do: assert_receive({:DOWN, ^monitor, _, _, _}, 60_000)
     # The answer to any call shows that the news has been dealt with.
     :sys.get_state(VivaTensor.Job.Outputs)

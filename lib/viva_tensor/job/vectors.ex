@@ -38,6 +38,7 @@ defmodule VivaTensor.Job.Vectors do
     :result,
     :seconds,
     attempt: 0,
+    workers: [],
     vectors: 0,
     of: nil,
     tally: %Tally{},
@@ -158,8 +159,9 @@ defmodule VivaTensor.Job.Vectors do
     {:keep_state, %{data | subscribers: List.delete(data.subscribers, pid)}}
   end
 
-  def handle_event(:info, {:EXIT, _pid, reason}, _state, _data) when reason != :normal do
-    {:stop, reason}
+  # A worker is linked, so that it ends with the job; of its own end its monitor tells.
+  def handle_event(:info, {:EXIT, pid, reason}, _state, data) when reason != :normal do
+    if pid in data.workers, do: :keep_state_and_data, else: {:stop, reason}
   end
 
   def handle_event(:state_timeout, :linger, :done, _data), do: {:stop, :normal}
@@ -177,11 +179,12 @@ defmodule VivaTensor.Job.Vectors do
     %{options: options, started: started} = data
 
     task =
-      Task.Supervisor.async_nolink(Workers, fn ->
+      Task.Supervisor.async(Workers, fn ->
         Worker.run(options, %{job: job, cancel: cancel, attempt: attempt, started: started})
       end)
 
-    %{data | task: task, cancel: cancel, attempt: attempt}
+    workers = [task.pid | data.workers]
+    %{data | task: task, cancel: cancel, attempt: attempt, workers: workers}
   end
 
   defp told({:piece, unit}, _state, data) do

@@ -136,8 +136,8 @@ defmodule VivaTensor.Job.Vectors.Worker do
       {:error, {:non_finite, %{first: element}, _message} = reason} ->
         {:error, about(reason, Enum.at(ids, div(element, source.dimension)))}
 
-      {:error, reason} ->
-        Error.wrap({:error, reason}, :source)
+      {:error, {kind, _details, _message} = reason} ->
+        Error.wrap({:error, reason}, if(kind == :io, do: :output, else: :source))
     end
   end
 

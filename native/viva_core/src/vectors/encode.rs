@@ -1,6 +1,7 @@
 //! Vectors to codes.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 
@@ -39,36 +40,43 @@ pub(super) fn spec(codes: Codes) -> Spec {
 /// # Errors
 /// `UnsupportedDtype`, `NonFinite`, `Cancelled`.
 pub fn prepared(metric: Metric, x: &Tensor, cancel: &Cancel) -> Result<Tensor> {
-    check_floats(x)?;
-    let out = Buffer::zeroed(x.len() * 4);
-    rows(
-        x.row_len(),
-        out,
-        x.shape()[0],
-        cancel,
-        |row, out: &mut [f32]| {
-            let d = out.len();
-            let mut scratch = Vec::new();
-            out.copy_from_slice(x.f32_chunk(row * d..(row + 1) * d, &mut scratch));
-            let squares = sum(d, |i| f64::from(out[i]) * f64::from(out[i]));
-            if metric == Metric::Cosine && squares > 0.0 {
-                let length = squares.sqrt();
-                out.iter_mut()
-                    .for_each(|v| *v = (f64::from(*v) / length) as f32);
-            }
-        },
-    )
+    if !x.dtype().is_float() {
+        return Err(Error::UnsupportedDtype {
+            op: "encoding vectors".into(),
+            dtype: x.dtype().name().into(),
+        });
+    }
+    let finite = AtomicBool::new(true);
+    let fill = |row: usize, out: &mut [f32]| {
+        let d = out.len();
+        let mut scratch = Vec::new();
+        out.copy_from_slice(x.f32_chunk(row * d..(row + 1) * d, &mut scratch));
+        let squares = sum(d, |i| f64::from(out[i]) * f64::from(out[i]));
+        if !squares.is_finite() {
+            finite.store(false, Ordering::Relaxed);
+        } else if metric == Metric::Cosine && squares > 0.0 {
+            let length = squares.sqrt();
+            out.iter_mut()
+                .for_each(|v| *v = (f64::from(*v) / length) as f32);
+        }
+    };
+    let made = rows(x.row_len(), x.shape()[0], cancel, fill)?;
+    match finite.into_inner() {
+        true => Ok(made),
+        // What and where is counted only when there is something to count.
+        false => check_floats(x).map(|()| made),
+    }
 }
 
 /// Fills a matrix of f32 row by row, on the pool.
 fn rows(
     d: usize,
-    mut out: Buffer,
     n: usize,
     cancel: &Cancel,
     fill: impl Fn(usize, &mut [f32]) + Sync,
 ) -> Result<Tensor> {
     let each = (CHUNK / d).max(1);
+    let mut out = Buffer::zeroed(n * d * 4);
     pool::run(|| {
         let values: &mut [f32] = bytemuck::cast_slice_mut(out.bytes_mut());
         let chunks = values.par_chunks_mut(each * d).enumerate();
@@ -126,15 +134,14 @@ impl Encoder {
         match self.settings.rescore {
             Rescore::Nothing => {}
             Rescore::Int8 => tensors.extend(integers(Codes::Int8, &centered, cancel)?),
-            Rescore::F16 => tensors.push(halves(x)?),
+            Rescore::F16 => tensors.push(halves(x, cancel)?),
         }
         Ok(tensors)
     }
 
     fn centered(&self, x: &Tensor, mean: &[f32], cancel: &Cancel) -> Result<Tensor> {
-        let out = Buffer::zeroed(x.len() * 4);
         let d = self.dimension;
-        rows(d, out, x.shape()[0], cancel, |row, out| {
+        rows(d, x.shape()[0], cancel, |row, out| {
             let mut scratch = Vec::new();
             let x = x.f32_chunk(row * d..(row + 1) * d, &mut scratch);
             for ((out, x), mean) in out.iter_mut().zip(x).zip(mean) {
@@ -219,17 +226,24 @@ fn sum(n: usize, term: impl Fn(usize) -> f64) -> f64 {
     sums.into_iter().sum()
 }
 
-fn halves(x: &Tensor) -> Result<Vec<u8>> {
-    let values = x.to_f32_vec();
-    let mut out = vec![0; values.len() * 2];
-    narrow(DType::F16, &values, &mut out)?;
-    match values.iter().find(|v| v.abs() >= 65520.0) {
-        Some(v) => Err(Error::option(
-            "rescore",
-            format!("f16 cannot hold {v}; choose int8"),
-        )),
-        None => Ok(out),
-    }
+fn halves(x: &Tensor, cancel: &Cancel) -> Result<Vec<u8>> {
+    let mut out = vec![0; x.len() * 2];
+    pool::run(|| {
+        let chunks = out.par_chunks_mut(2 * CHUNK).enumerate();
+        chunks.try_for_each_init(Vec::new, |scratch, (i, out)| {
+            cancel.check()?;
+            let x = x.f32_chunk(i * CHUNK..i * CHUNK + out.len() / 2, scratch);
+            // What is larger is rounded to infinity.
+            match x.iter().find(|v| v.abs() >= 65520.0) {
+                Some(v) => Err(Error::option(
+                    "rescore",
+                    format!("f16 cannot hold {v}; choose int8"),
+                )),
+                None => narrow(DType::F16, x, out),
+            }
+        })
+    })?;
+    Ok(out)
 }
 
 fn mean(x: &[f32], d: usize) -> Vec<f32> {

@@ -129,31 +129,57 @@ impl Stored {
     /// # Errors
     /// `ShapeMismatch`, `NonFinite`, `UnsupportedDtype`, `InvalidOption`, `Cancelled`.
     pub fn search(&self, queries: &Tensor, terms: &Terms, cancel: &Cancel) -> Result<Nearest> {
+        let queries = self.prepared(queries, cancel)?;
+        let again = self.rescores() && terms.candidates >= terms.most;
+        let candidates = if again { terms.candidates } else { 0 };
+        let found = self.candidates(
+            &queries,
+            &Terms {
+                candidates,
+                ..*terms
+            },
+            cancel,
+        )?;
+        let best = match again {
+            true => self.score_again(&queries, terms.most, &found, cancel)?,
+            false => None,
+        };
+        Ok(best.unwrap_or(found))
+    }
+
+    fn prepared(&self, queries: &Tensor, cancel: &Cancel) -> Result<Tensor> {
         if queries.shape().len() != 2 || queries.row_len() != self.dimension {
+            let rows = queries.shape().first().copied().unwrap_or(1);
             return Err(Error::ShapeMismatch {
                 what: "queries, a row each".into(),
-                expected: vec![
-                    queries.shape().first().copied().unwrap_or(1),
-                    self.dimension,
-                ],
+                expected: vec![rows, self.dimension],
                 actual: queries.shape().to_vec(),
             });
         }
+        prepared(self.settings.metric, queries, cancel)
+    }
+
+    /// The best of prepared queries by codes alone: as many as are scored again, or as are
+    /// wanted if that is more.
+    ///
+    /// # Errors
+    /// Those of [`search`](Self::search).
+    pub(super) fn candidates(
+        &self,
+        queries: &Tensor,
+        terms: &Terms,
+        cancel: &Cancel,
+    ) -> Result<Nearest> {
         if terms.hamming && !self.is_binary() {
             return Err(Error::option("hamming", "it is a distance of binary codes"));
         }
-        let queries = prepared(self.settings.metric, queries, cancel)?;
-        let again = self.rescores() && terms.candidates >= terms.most;
-        let most = if again { terms.candidates } else { terms.most };
+        let most = terms.candidates.max(terms.most);
         let mut found = Nearest::new(queries.shape()[0], most);
         match self.is_binary() {
-            true => self.look_at_bits(&queries, terms, &mut found, cancel)?,
-            false => self.look_at_integers(&queries, terms, &mut found, cancel)?,
+            true => self.look_at_bits(queries, terms, &mut found, cancel)?,
+            false => self.look_at_integers(queries, terms, &mut found, cancel)?,
         }
-        match &self.rescore {
-            Some(_) if again => self.score_again(&queries, terms.most, &found, cancel),
-            _ => Ok(found),
-        }
+        Ok(found)
     }
 
     fn blocks(&self, queries: usize) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
@@ -255,15 +281,16 @@ impl Stored {
         Ok(())
     }
 
-    fn score_again(
+    /// The best of what was found, by what there is to score it again.
+    pub(super) fn score_again(
         &self,
         queries: &Tensor,
         most: usize,
         found: &Nearest,
         cancel: &Cancel,
-    ) -> Result<Nearest> {
+    ) -> Result<Option<Nearest>> {
         let Some((codes, scale)) = &self.rescore else {
-            return Ok(found.clone());
+            return Ok(None);
         };
         let d = self.dimension;
         let values = queries.to_f32_vec();
@@ -295,7 +322,7 @@ impl Stored {
                 Ok(())
             })
         })?;
-        Ok(best)
+        Ok(Some(best))
     }
 
     /// What the mean, which codes lack, adds to the scores of each query.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use twox_hash::XxHash3_128;
 
@@ -12,7 +13,7 @@ use super::search::{Recall, Stored, Terms};
 use super::settings::Settings;
 use crate::error::{Error, Result};
 use crate::io::{RowsFile, index_json};
-use crate::ops::Cancel;
+use crate::ops::{Cancel, pool};
 use crate::tensor::{DType, Tensor};
 
 /// What a search is measured by: how many of the nearest it finds, of so many.
@@ -95,18 +96,21 @@ impl Writer {
         let x = prepared(self.encoder.settings.metric, x, cancel)?;
         let mut nearest = Nearest::new(self.queries.ids.len(), NEAREST);
         nearest.look(&self.queries, &x, first, cancel)?;
-        let mut sha256 = Sha256::new();
-        let mut output_bytes = 0;
-        for (file, bytes) in self.files.iter().zip(self.encoder.encode(&x, cancel)?) {
-            cancel.check()?;
-            sha256.update(&bytes);
-            file.write(first, &bytes)?;
-            output_bytes += bytes.len();
-        }
+        let tensors = self.encoder.encode(&x, cancel)?;
+        let digests = pool::run(|| {
+            let write = |(file, bytes): (&RowsFile, &Vec<u8>)| {
+                cancel.check()?;
+                file.write(first, bytes)?;
+                Ok(Sha256::digest(bytes))
+            };
+            let written = self.files.par_iter().zip(&tensors).map(write);
+            written.collect::<Result<Vec<_>>>()
+        })?;
+        let output_bytes = tensors.iter().map(Vec::len).sum();
         let piece = Piece {
             output_bytes,
             source_hash,
-            sha256: sha256.finalize().into(),
+            sha256: of_all(digests),
             nearest: nearest.to_bytes(),
         };
         self.found(&piece);
@@ -124,16 +128,16 @@ impl Writer {
         piece: &Piece,
         cancel: &Cancel,
     ) -> Result<bool> {
-        let mut sha256 = Sha256::new();
+        let mut digests = Vec::new();
         for file in &self.files {
             cancel.check()?;
             let mut bytes = vec![0; rows * file.row_bytes()];
             if !file.read(first, &mut bytes)? {
                 return Ok(false);
             }
-            sha256.update(&bytes);
+            digests.push(Sha256::digest(&bytes));
         }
-        let same = piece.sha256 == <[u8; 32]>::from(sha256.finalize());
+        let same = piece.sha256 == of_all(digests);
         if same {
             self.found(piece);
         }
@@ -193,30 +197,39 @@ impl Writer {
         let x = &self.queries.values;
         let shape = [self.queries.ids.len(), self.encoder.dimension];
         let queries = Tensor::from_slice(DType::F32, &shape, x)?;
-        let terms = |candidates, hamming| Terms {
-            most: NEAREST,
-            candidates,
-            hamming,
-            but: Some(&self.queries.ids),
-        };
         let candidates = NEAREST * oversample;
-        let recall = |candidates, hamming| -> Result<f64> {
-            let found = stored.search(&queries, &terms(candidates, hamming), cancel)?;
-            Ok(share(exact, found.lists()))
+        // One search tells of both: the best by codes are the first of its candidates.
+        let recall = |hamming| -> Result<(f64, Option<f64>)> {
+            let terms = Terms {
+                most: NEAREST,
+                candidates,
+                hamming,
+                but: Some(&self.queries.ids),
+            };
+            let found = stored.candidates(&queries, &terms, cancel)?;
+            let again = stored.score_again(&queries, NEAREST, &found, cancel)?;
+            let rescored = again.map(|again| share(exact, again.lists()));
+            Ok((share(exact, found.lists()), rescored))
         };
-        let rescores = stored.rescores();
+        let (codes, rescored) = recall(false)?;
+        let hamming = stored.is_binary().then(|| recall(true)).transpose()?;
         Ok(Some(Recall {
             queries: self.queries.ids.len(),
             nearest: NEAREST,
             candidates,
-            codes: recall(0, false)?,
-            rescored: rescores.then(|| recall(candidates, false)).transpose()?,
-            hamming: stored.is_binary().then(|| recall(0, true)).transpose()?,
-            hamming_rescored: (stored.is_binary() && rescores)
-                .then(|| recall(candidates, true))
-                .transpose()?,
+            codes,
+            rescored,
+            hamming: hamming.map(|(codes, _)| codes),
+            hamming_rescored: hamming.and_then(|(_, rescored)| rescored),
         }))
     }
+}
+
+/// One hash of those of all files.
+fn of_all(digests: impl IntoIterator<Item = impl AsRef<[u8]>>) -> [u8; 32] {
+    let mut all = Sha256::new();
+    digests.into_iter().for_each(|digest| all.update(digest));
+    all.finalize().into()
 }
 
 /// A hash by which vectors of a source are known again.
@@ -227,9 +240,10 @@ pub fn source_hash(x: &Tensor) -> [u8; 16] {
 /// The share of what is to be found that was found.
 fn share(exact: &[Vec<(u64, f32)>], found: &[Vec<(u64, f32)>]) -> f64 {
     let hits = exact.iter().zip(found).map(|(exact, found)| {
+        let best = &found[..found.len().min(NEAREST)];
         exact
             .iter()
-            .filter(|(id, _)| found.iter().any(|(f, _)| f == id))
+            .filter(|(id, _)| best.iter().any(|(f, _)| f == id))
             .count()
     });
     let all: usize = exact.iter().map(Vec::len).sum();
