@@ -46,7 +46,8 @@ defmodule VivaTensor.Test.Vectors do
 
   @doc "A binary as binaries of `dimension` f32."
   def split(binary, dimension) do
-    for <<vector::binary-size(dimension * 4) <- binary>>, do: vector
+    bytes = 4 * dimension
+    for at <- 0..(byte_size(binary) - bytes)//bytes, do: binary_part(binary, at, bytes)
   end
 
   @doc "The numbers of a binary of f32."
