@@ -238,6 +238,9 @@ defmodule VivaTensor.Vectors.JobTest do
       assert {:error, error} = Job.start([to: "out"] ++ opts)
       assert error.message =~ message
     end
+
+    assert {:error, error} = Job.enqueue(vectors: [], codes: :int8, to: "out")
+    assert error.message =~ "a stream cannot be kept in a queue"
   end
 
   test "a stream of any length takes the memory of a piece", %{dir: dir} do

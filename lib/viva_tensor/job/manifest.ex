@@ -51,6 +51,8 @@ defmodule VivaTensor.Job.Manifest do
       iex> at == byte_size(Manifest.head())
       true
       iex> {:ok, [_kept], _at} = Manifest.decode(bytes <> <<0::128>>)
+      iex> Manifest.decode(<<0::1024>>)
+      {:ok, [], 0}
   """
   @spec encode([tuple]) :: iodata
   def encode(records) do
@@ -81,7 +83,8 @@ defmodule VivaTensor.Job.Manifest do
   @doc "The same of the bytes of a file; `:error` for any other file."
   @spec decode(binary) :: {:ok, [tuple], non_neg_integer} | :error
   def decode(<<@magic, rest::binary>>), do: records(rest, byte_size(@magic), [])
-  # Torn before there was anything to say.
+  # Torn before there was anything to say, or never written: then a file has zeros.
+  def decode(<<0, _zeros::binary>>), do: {:ok, [], 0}
   def decode(bytes) when byte_size(bytes) < byte_size(@magic), do: {:ok, [], 0}
   def decode(_bytes), do: :error
 

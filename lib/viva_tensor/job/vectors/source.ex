@@ -146,6 +146,8 @@ defmodule VivaTensor.Job.Vectors.Source do
 
     with {:ok, tensor} <- Tensor.from_binary(binary, source.dtype, [count, source.dimension]),
          {:ok, acc} <- fun.(source, {first, count, tensor}, state.acc) do
+      # Not when this process happens to collect its garbage.
+      Tensor.release(tensor)
       %{state | first: first + count, count: 0, rows: [], acc: acc}
     end
   end
