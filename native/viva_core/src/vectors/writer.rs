@@ -1,6 +1,7 @@
 //! A set of vectors on its way to the disk.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
@@ -12,7 +13,7 @@ use super::nearest::{Nearest, Queries};
 use super::search::{Recall, Stored, Terms};
 use super::settings::Settings;
 use crate::error::{Error, Result};
-use crate::io::{RowsFile, index_json};
+use crate::io::{RowsFile, index_json, sync_directory};
 use crate::ops::{Cancel, pool};
 use crate::tensor::{DType, Tensor};
 
@@ -29,6 +30,8 @@ pub struct Writer {
     files: Vec<RowsFile>,
     queries: Queries,
     nearest: Mutex<Nearest>,
+    /// Whether the names of its files are durable.
+    named: AtomicBool,
 }
 
 /// What came of consecutive vectors, and what they are known again by.
@@ -76,6 +79,7 @@ impl Writer {
             nearest: Mutex::new(Nearest::new(queries.ids.len(), NEAREST)),
             queries,
             encoder,
+            named: AtomicBool::new(false),
         })
     }
 
@@ -149,12 +153,17 @@ impl Writer {
         nearest.merge_bytes(&piece.nearest);
     }
 
-    /// Syncs what is written so far to the disk.
+    /// Syncs what is written so far to the disk, and at first the names of the files.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn sync(&self) -> Result<()> {
-        self.files.iter().try_for_each(RowsFile::sync)
+        self.files.iter().try_for_each(RowsFile::sync)?;
+        if !self.named.load(Ordering::Acquire) {
+            sync_directory(&self.directory)?;
+            self.named.store(true, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// Completes the files of that many vectors and writes the index: names and lengths of
