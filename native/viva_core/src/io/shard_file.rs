@@ -27,7 +27,7 @@ impl<P: AsRef<Path>> From<P> for ShardFile {
 }
 
 impl ShardFile {
-    /// The file of a writer elsewhere, by its [`mark`](ShardWriter::mark).
+    /// The file of a writer elsewhere, by its [`mark`](super::ShardWriter::mark).
     pub fn joined(path: impl AsRef<Path>, mark: String) -> ShardFile {
         ShardFile {
             joined: Some(mark),
