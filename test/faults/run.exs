@@ -10,6 +10,7 @@
 # - bytes changed in what a killed VM had finished,
 # - a disk that is full and has room later,
 # - workers killed at random while a job runs,
+# - another node that is killed, or frozen and woken again, while it does units,
 # - a source that changed.
 #
 # After each the output has to have the bytes of a job that nothing interrupted, with
@@ -17,7 +18,7 @@
 # worker. The first loss ends the run with a message and exit code 1.
 
 alias VivaTensor.{Job, Table}
-alias VivaTensor.Test.{Faults, Jobs}
+alias VivaTensor.Test.{Cluster, Faults, Jobs}
 
 Logger.configure(level: :info)
 
@@ -174,6 +175,15 @@ try do
     end)
 
   rows = rows ++ [done.("a source that changed", changed, "-")]
+
+  Cluster.start!()
+
+  rows =
+    for {what, signal, count} <- [{"killed", "KILL", 5}, {"frozen", "STOP", 2}], reduce: rows do
+      rows ->
+        runs = until.(count, fn -> Faults.lost_node(scene, signal, :rand.uniform(100)) end)
+        rows ++ [done.("another node #{what}", runs, "-")]
+    end
 
   columns = [
     {"fault", :left},

@@ -8,7 +8,7 @@ defmodule VivaTensor.Test.Faults do
 
   alias VivaTensor.{Job, Telemetry}
   alias VivaTensor.Job.Manifest
-  alias VivaTensor.Test.{Jobs, Safetensors}
+  alias VivaTensor.Test.{Cluster, Jobs, Safetensors}
 
   @source "test/faults/boundaries.c"
   @patience_ms 600_000
@@ -260,6 +260,37 @@ defmodule VivaTensor.Test.Faults do
         end
 
         kill_workers(job, wait)
+    end
+  end
+
+  @doc """
+  Sends a signal to another node that does units of a job, a while after it joined; one
+  that was frozen wakes up when the job is done.
+  """
+  def lost_node(scene, signal, milliseconds) do
+    peer = Cluster.peer!()
+    # So that there is something left for the node.
+    slow = fn _, _, _, _ -> Process.sleep(20) end
+    :ok = Telemetry.attach(:slow, [[:viva_tensor, :unit, :start]], slow)
+    {:ok, job} = Job.start([to: scene.to, nodes: [peer.node], notify: self()] ++ scene.opts)
+    receive do: ({:viva_tensor_job, ^job, {:node, %{state: :joined}}} -> :ok)
+    Process.sleep(milliseconds)
+    Cluster.signal(peer, signal)
+    {:ok, _report} = Job.await(job)
+    Telemetry.detach(:slow)
+    if signal == "STOP", do: Cluster.signal(peer, "CONT")
+    # Units that it had begun go on there.
+    Process.sleep(200)
+    if Jobs.digests(scene.to) != scene.digests, do: raise("wrong bytes in #{scene.to}")
+    Cluster.stop(peer)
+    clean!(scene)
+    %{killed: lost?(job), changed: true}
+  end
+
+  defp lost?(job) do
+    receive do
+      {:viva_tensor_job, ^job, {:node, %{state: :lost}}} -> true
+      {:viva_tensor_job, ^job, {:done, _}} -> false
     end
   end
 
