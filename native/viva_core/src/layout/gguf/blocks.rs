@@ -142,6 +142,8 @@ pub fn scaled_weight<'a>(source: &'a Checkpoint, entry: &Entry) -> Option<&'a En
 
 /// The scale beside a weight, where it has one.
 pub fn weight_scale<'a>(source: &'a Checkpoint, weight: &Entry) -> Option<&'a Entry> {
+    // First, since looking for what is not there looks for what it may be instead.
+    source.gguf_metadata()?;
     let module = weight.name.strip_suffix(WEIGHT)?;
     let scale = source.entry(&format!("{module}{SCALE}")).ok()?;
     scaled_weight(source, scale).map(|_| scale)
