@@ -3,10 +3,11 @@
 # schedules:
 #
 #     mix run bench/large_checkpoint.exs [--gigabytes 2] [--dtype bf16] [--memory-limit 512MB]
+#         [--embedding 0]
 #         [--format int8 --format q4_0 --format nf4 --format q4_k]
 #
 # The defaults are the checkpoint of 2.02 GB and 35 tensors in bf16, five layers of
-# LLaMA-7B's shapes. A format is the recipe of that name where there is one.
+# LLaMA-7B's shapes; --embedding adds one tensor of so many gigabytes. A format is the recipe of that name where there is one.
 #
 # For each it prints, side by side with what the disk and a reader took in the same
 # minute: wall and CPU seconds, what of the wall came after the last tensor (syncing
@@ -31,7 +32,9 @@ defmodule LargeCheckpoint do
   def run(argv) do
     {options, [], []} =
       OptionParser.parse(argv,
-        strict: [gigabytes: :integer, dtype: :string, format: :keep, memory_limit: :string]
+        strict:
+          [gigabytes: :integer, embedding: :integer, dtype: :string] ++
+            [format: :keep, memory_limit: :string]
       )
 
     formats = with [] <- Keyword.get_values(options, :format), do: @formats
@@ -196,6 +199,7 @@ defmodule LargeCheckpoint do
           for {name, _, _} <- tensors, into: map, do: {name, file}
       end
 
+    map = Map.merge(map, embedding(directory, options, size, noise))
     json(directory, "model.safetensors.index.json", %{metadata: %{}, weight_map: map})
     File.cp!(Path.join(@model, "tokenizer.json"), Path.join(directory, "tokenizer.json"))
     {:ok, config} = @model |> Path.join("config.json") |> File.read!() |> Native.json_decode()
@@ -209,6 +213,21 @@ defmodule LargeCheckpoint do
         "head_dim" => 128,
         "num_hidden_layers" => layers
     })
+  end
+
+  # One tensor of so many gigabytes, which is quantized like the others.
+  defp embedding(directory, options, size, noise) do
+    case div(Keyword.get(options, :embedding, 0) * 1_000_000_000, @hidden * size) do
+      0 ->
+        %{}
+
+      rows ->
+        {name, file} = {"model.per_layer.weight", "embedding.safetensors"}
+        tensors = [{name, [rows, @hidden], rows * @hidden * size}]
+        dtype = options |> Keyword.get(:dtype, "bf16") |> String.upcase()
+        shard(Path.join(directory, file), dtype, tensors, noise)
+        %{name => file}
+    end
   end
 
   defp json(directory, name, value) do

@@ -108,10 +108,10 @@ defmodule VivaTensor.Job.Plan do
       }
 
       with :quantize <- Recipe.decide(recipe, entry, checkpoint.config),
-           {:ok, %{bytes: bytes, format: format}} <-
+           {:ok, %{bytes: bytes, memory: memory, format: format}} <-
              Native.plan_tensor(spec, entry.name, entry.shape, entry.dtype) do
         reason = if format != recipe.format, do: "#{recipe.format} does not divide its rows"
-        %{unit | output_bytes: bytes, format: format, reason: reason}
+        %{unit | output_bytes: bytes, memory_bytes: memory, format: format, reason: reason}
       else
         {:keep, reason} -> Unit.keep(unit, reason)
         {:error, {_kind, _details, message}} -> Unit.keep(unit, message)

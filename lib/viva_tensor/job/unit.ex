@@ -10,6 +10,9 @@ defmodule VivaTensor.Job.Unit do
 
   alias VivaTensor.{Error, Native, Telemetry}
 
+  # Pages of the source and of the output while a tensor is copied.
+  @copied_at_once 128 * 1024 * 1024
+
   @enforce_keys [:id, :name, :shape, :dtype, :action, :input_bytes, :output_bytes]
   defstruct [
     :id,
@@ -21,6 +24,7 @@ defmodule VivaTensor.Job.Unit do
     :reason,
     :input_bytes,
     :output_bytes,
+    :memory_bytes,
     :from,
     working_bytes: 0,
     quantized: false
@@ -34,7 +38,8 @@ defmodule VivaTensor.Job.Unit do
 
   @typedoc """
   `reason` says why a tensor is kept, has another format than the recipe's, or goes
-  without the scales of its method; what is encoded are vectors; `working_bytes` is what its method takes beside
+  without the scales of its method; what is encoded are vectors; `memory_bytes` are those
+  of input and output that are there at once, where that is not all of them; `working_bytes` is what its method takes beside
   input and output; `from` is the layout that a converted one had, `quantized` whether the output has
   it quantized.
   """
@@ -48,6 +53,7 @@ defmodule VivaTensor.Job.Unit do
           reason: String.t() | nil,
           input_bytes: non_neg_integer,
           output_bytes: non_neg_integer,
+          memory_bytes: non_neg_integer | nil,
           from: atom,
           working_bytes: non_neg_integer,
           quantized: boolean
@@ -60,8 +66,12 @@ defmodule VivaTensor.Job.Unit do
     unit.input_bytes + unit.output_bytes + 4 * Enum.product(unit.shape)
   end
 
+  def bytes(%__MODULE__{action: :keep} = unit) do
+    min(unit.input_bytes + unit.output_bytes, @copied_at_once)
+  end
+
   def bytes(%__MODULE__{} = unit) do
-    unit.input_bytes + unit.output_bytes + unit.working_bytes
+    (unit.memory_bytes || unit.input_bytes + unit.output_bytes) + unit.working_bytes
   end
 
   @doc "The same tensor, kept unquantized."
@@ -74,6 +84,7 @@ defmodule VivaTensor.Job.Unit do
         quantized: false,
         reason: reason,
         output_bytes: unit.input_bytes,
+        memory_bytes: nil,
         working_bytes: 0
     }
   end

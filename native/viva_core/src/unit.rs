@@ -2,9 +2,11 @@
 //! written, or copied as it is.
 
 mod parts;
+mod ranges;
 
-pub(crate) use parts::PartWriter;
 pub use parts::{Part, accept, file_hash, source_hash, verify};
+pub(crate) use parts::{PartWriter, WINDOW};
+pub use ranges::Ranges;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -117,6 +119,18 @@ impl Target {
         self.layout.entries(&spec, name, shape, known)
     }
 
+    /// Memory that quantizing a tensor takes, the source's included: of a huge one no
+    /// more than of some of its rows, where they do not depend on each other.
+    pub fn memory(&self, name: &str, dtype: EntryDType, shape: &[usize]) -> Result<usize> {
+        let output = self.entries(name, dtype, shape)?.nbytes()?;
+        let ranges = match (dtype, self.layout.whole_file()) {
+            (EntryDType::Known(dtype), None) => Ranges::of(self, name, dtype, shape)?,
+            // Some rows may be written in another order, which only the source tells.
+            _ => None,
+        };
+        Ok(ranges.map_or(dtype.nbytes(shape)? + output, |r| r.bytes))
+    }
+
     /// Checks that the layout can hold a checkpoint at all.
     pub fn check_source(&self, source: &Checkpoint) -> Result<()> {
         let quantized = |e: &&Entry| matches!(e.dtype, EntryDType::Ggml(_));
@@ -206,7 +220,14 @@ pub fn quantize_into(
         None => None,
         Some(whole) => whole.row_order(source, source.entry(name)?)?,
     };
+    let ranges = match (observed, order) {
+        (None, None) => Ranges::of(target, name, tensor.dtype(), tensor.shape())?,
+        _ => None,
+    };
     let done = pool::run(|| {
+        if let Some(ranges) = &ranges {
+            return ranges.quantize_into(source, name, target, &tensor, shard, cancel);
+        }
         let (q, metrics, output_error) = match (observed, &target.calibrated) {
             (Some(observed), Some(how)) => observed.quantize(name, &tensor, &spec, how, cancel)?,
             (None, None) => {
@@ -288,16 +309,18 @@ pub fn keep_into(
     };
     let mut out = PartWriter::new(shard, cancel);
     let written = match whole {
+        None if divided.is_none() => copy(source, name, name, &mut out),
         None => out.write(name, &bytes(&divided)?),
         Some(whole) => match whole.kept(source, entry)? {
             None => Ok(()),
             Some(kept) => {
                 let order = whole.row_order(source, entry)?;
                 match (kept.dtype == entry.dtype, order) {
+                    (true, None) if divided.is_none() => copy(source, name, &kept.name, &mut out),
                     (true, None) => out.write(&kept.name, &bytes(&divided)?),
                     _ => {
                         let tensor = divided.map_or_else(|| source.tensor(name), Ok)?;
-                        rewrite(&tensor, entry, &kept, order, &mut out)
+                        rewrite(source, &tensor, entry, &kept, order, &mut out)
                     }
                 }
             }
@@ -318,11 +341,23 @@ pub fn keep_into(
     })
 }
 
+/// Writes a tensor as it is, and gives its pages back on the way.
+fn copy(source: &Checkpoint, name: &str, as_name: &str, out: &mut PartWriter) -> Result<()> {
+    let mut stream = out.stream(as_name);
+    for (i, window) in source.bytes(name)?.chunks(WINDOW).enumerate() {
+        stream.write(window)?;
+        source.give_back_part(name, i * WINDOW..(i + 1) * WINDOW)?;
+    }
+    out.end(stream);
+    Ok(())
+}
+
 /// Bytes of rows that are rewritten at once.
 const REWRITE: usize = 1 << 20;
 
 /// Writes a tensor in another dtype or order of rows.
 fn rewrite(
+    source: &Checkpoint,
     tensor: &Tensor,
     entry: &Entry,
     kept: &FixedEntry,
@@ -339,7 +374,7 @@ fn rewrite(
     let row = tensor.len() / rows.max(1);
     let at_once = (REWRITE / (row * dtype.size()).max(1)).max(1);
     let cancel = out.cancel();
-    let mut out = out.stream(&kept.name);
+    let mut stream = out.stream(&kept.name);
     let (mut scratch, mut bytes) = (Vec::new(), Vec::new());
     for first in (0..rows).step_by(at_once) {
         cancel.check()?;
@@ -358,8 +393,12 @@ fn rewrite(
             let values = tensor.f32_chunk(elements, &mut scratch);
             narrow(dtype, values, &mut bytes[start..])?;
         }
-        out.write(&bytes)?;
+        stream.write(&bytes)?;
+        if order.is_none() {
+            let read = row * tensor.dtype().size();
+            source.give_back_part(&entry.name, first * read..(first + at_once) * read)?;
+        }
     }
-    out.end();
+    out.end(stream);
     Ok(())
 }

@@ -51,6 +51,7 @@ fn plan_tensor<'a>(
     let format = &target.0.spec_for(&shape)?.format;
     let fields = [
         ("bytes", entries.nbytes()?.encode(env)),
+        ("memory", target.0.memory(&name, dtype, &shape)?.encode(env)),
         ("format", terms::atom(env, format)),
     ];
     Ok(terms::map(env, &fields))

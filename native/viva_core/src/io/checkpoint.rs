@@ -191,6 +191,14 @@ impl Checkpoint {
         self.shard(name)?.give_back(name)
     }
 
+    /// The same of those bytes of the entry, cut short where it ends.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`].
+    pub fn give_back_part(&self, name: &str, part: std::ops::Range<usize>) -> Result<()> {
+        self.shard(name)?.give_back_part(name, part)
+    }
+
     /// Checks that the file which holds that entry was not cut or grown since
     /// it was opened: reading past a new end would kill the process.
     ///

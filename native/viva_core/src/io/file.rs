@@ -133,7 +133,17 @@ impl TensorFile {
     /// # Errors
     /// [`Error::UnknownTensor`].
     pub fn give_back(&self, name: &str) -> Result<()> {
-        self.map.give_back(self.in_file(self.entry(name)?));
+        self.give_back_part(name, 0..usize::MAX)
+    }
+
+    /// The same of those bytes of the entry, cut short where it ends.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`].
+    pub fn give_back_part(&self, name: &str, part: std::ops::Range<usize>) -> Result<()> {
+        let all = self.in_file(self.entry(name)?);
+        let at = |offset: usize| all.start + offset.min(all.len());
+        self.map.give_back(at(part.start)..at(part.end));
         Ok(())
     }
 

@@ -177,6 +177,10 @@ impl Layout for Bitsandbytes {
         true
     }
 
+    fn rows_in_order(&self) -> bool {
+        true
+    }
+
     fn config(&self, modules: &Modules, config: &mut Value) {
         let Modules { spec, kept, .. } = modules;
         let four = is_4bit(spec);

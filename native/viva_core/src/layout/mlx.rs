@@ -98,6 +98,10 @@ impl Layout for Mlx {
         true
     }
 
+    fn rows_in_order(&self) -> bool {
+        true
+    }
+
     fn config(&self, modules: &Modules, config: &mut Value) {
         // A loader sees what was kept from the names of the tensors.
         let setting = |spec: &Spec| {

@@ -142,6 +142,13 @@ pub trait Layout: Send + Sync {
         false
     }
 
+    /// Whether what it writes of some rows of a weight follows, in each tensor that it
+    /// writes, what it writes of the rows before; tensors that do not depend on the
+    /// codes aside.
+    fn rows_in_order(&self) -> bool {
+        false
+    }
+
     /// Whether programs that load it take quantized embeddings and output heads.
     fn holds_embeddings(&self) -> bool {
         false

@@ -35,9 +35,9 @@ pub struct Metrics {
 /// Elements that are compared at once. Sums in f64 take several times as long as
 /// quantizing does: shorter runs than elsewhere, so that others get the core as
 /// often.
-const RUN: usize = CHUNK / 4;
+pub const RUN: usize = CHUNK / 4;
 
-/// What a run of elements adds to the sums.
+/// What runs of elements add up to.
 #[derive(Clone, Copy, Default)]
 struct Sums {
     xx: f64,
@@ -99,14 +99,70 @@ impl Op for Accumulate<'_> {
     }
 }
 
-/// Compares `x` with what `fill` writes for a run of elements. Runs are summed
-/// in their order: the result does not depend on the number of threads.
-fn compare(
+/// The error of a tensor that is seen piece by piece, each but the last of whole
+/// [`RUN`]s: the same, bit for bit, as if it were seen at once.
+#[derive(Clone, Copy, Default)]
+pub struct Seen {
+    sums: Sums,
+    elements: usize,
+}
+
+impl Seen {
+    /// Adds what follows.
+    ///
+    /// # Errors
+    /// Those of [`quantized`].
+    pub fn add(&mut self, x: &Tensor, q: &Quantized, cancel: &Cancel) -> Result<()> {
+        same_shape(x, &q.shape)?;
+        let decoder = input::decoder(q)?;
+        self.compare(x, cancel, |range, y| decoder.decode(range.start, y))
+    }
+
+    /// Compares `x` with what `fill` writes for a run of elements. Runs are summed
+    /// in their order: the result does not depend on the number of threads.
+    fn compare(
+        &mut self,
+        x: &Tensor,
+        cancel: &Cancel,
+        fill: impl Fn(std::ops::Range<usize>, &mut Vec<f32>) + Sync,
+    ) -> Result<()> {
+        debug_assert!(self.elements.is_multiple_of(RUN));
+        let sums = runs(x, cancel, fill)?;
+        self.sums = sums.into_iter().fold(self.sums, |a, b| Sums {
+            xx: a.xx + b.xx,
+            yy: a.yy + b.yy,
+            xy: a.xy + b.xy,
+            ee: a.ee + b.ee,
+            e: a.e + b.e,
+            max_x: a.max_x.max(b.max_x),
+            max_e: a.max_e.max(b.max_e),
+        });
+        self.elements += x.len();
+        Ok(())
+    }
+
+    pub fn metrics(&self) -> Metrics {
+        let total = &self.sums;
+        let n = self.elements.max(1) as f64;
+        let mse = total.ee / n;
+        let most = f64::from(total.max_x);
+        Metrics {
+            mse,
+            sqnr_db: 10.0 * (total.xx / total.ee).log10(),
+            psnr_db: 10.0 * (most * most / mse).log10(),
+            cosine: total.xy / (total.xx.sqrt() * total.yy.sqrt()),
+            mean_error: total.e / n,
+            max_error: f64::from(total.max_e),
+        }
+    }
+}
+
+fn runs(
     x: &Tensor,
     cancel: &Cancel,
     fill: impl Fn(std::ops::Range<usize>, &mut Vec<f32>) + Sync,
-) -> Result<Metrics> {
-    let sums = pool::run(|| {
+) -> Result<Vec<Sums>> {
+    pool::run(|| {
         (0..x.len().div_ceil(RUN))
             .into_par_iter()
             .map(|i| i * RUN..((i + 1) * RUN).min(x.len()))
@@ -121,26 +177,6 @@ fn compare(
                 },
             )
             .collect::<Result<Vec<Sums>>>()
-    })?;
-    let total = sums.into_iter().fold(Sums::default(), |a, b| Sums {
-        xx: a.xx + b.xx,
-        yy: a.yy + b.yy,
-        xy: a.xy + b.xy,
-        ee: a.ee + b.ee,
-        e: a.e + b.e,
-        max_x: a.max_x.max(b.max_x),
-        max_e: a.max_e.max(b.max_e),
-    });
-    let n = x.len().max(1) as f64;
-    let mse = total.ee / n;
-    let most = f64::from(total.max_x);
-    Ok(Metrics {
-        mse,
-        sqnr_db: 10.0 * (total.xx / total.ee).log10(),
-        psnr_db: 10.0 * (most * most / mse).log10(),
-        cosine: total.xy / (total.xx.sqrt() * total.yy.sqrt()),
-        mean_error: total.e / n,
-        max_error: f64::from(total.max_e),
     })
 }
 
@@ -157,16 +193,18 @@ pub(super) fn same_shape(x: &Tensor, shape: &[usize]) -> Result<()> {
 
 /// Error of a quantized tensor against its original.
 pub fn quantized(x: &Tensor, q: &Quantized, cancel: &Cancel) -> Result<Metrics> {
-    same_shape(x, &q.shape)?;
-    let decoder = input::decoder(q)?;
-    compare(x, cancel, |range, y| decoder.decode(range.start, y))
+    let mut seen = Seen::default();
+    seen.add(x, q, cancel)?;
+    Ok(seen.metrics())
 }
 
 /// Error of one dense tensor against another.
 pub fn dense(x: &Tensor, y: &Tensor, cancel: &Cancel) -> Result<Metrics> {
     same_shape(x, y.shape())?;
-    compare(x, cancel, |range, out| {
+    let mut seen = Seen::default();
+    seen.compare(x, cancel, |range, out| {
         let mut scratch = Vec::new();
         out.copy_from_slice(y.f32_chunk(range, &mut scratch));
-    })
+    })?;
+    Ok(seen.metrics())
 }

@@ -13,6 +13,9 @@ use crate::ops::{Cancel, pool};
 /// Bytes that are written, read or hashed between two looks at the cancel flag.
 const PIECE: usize = 1 << 20;
 
+/// Bytes of a large tensor whose pages are held at a time: whole pieces.
+pub(crate) const WINDOW: usize = 64 * PIECE;
+
 /// A named tensor of the output, as a unit wrote it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
@@ -32,9 +35,11 @@ pub(crate) struct PartWriter<'a> {
     bytes: usize,
 }
 
-/// One tensor that is written from its start to its end.
-pub(crate) struct Stream<'w, 'a> {
-    writer: &'w mut PartWriter<'a>,
+/// One tensor that is written from its start to its end; others may be written
+/// meanwhile.
+pub(crate) struct Stream<'a> {
+    shard: &'a ShardWriter,
+    cancel: &'a Cancel,
     name: String,
     offset: usize,
     hash: Sha256,
@@ -55,9 +60,10 @@ impl<'a> PartWriter<'a> {
     }
 
     /// Starts a tensor.
-    pub fn stream(&mut self, name: &str) -> Stream<'_, 'a> {
+    pub fn stream(&self, name: &str) -> Stream<'a> {
         Stream {
-            writer: self,
+            shard: self.shard,
+            cancel: self.cancel,
             name: name.into(),
             offset: 0,
             hash: Sha256::new(),
@@ -68,8 +74,18 @@ impl<'a> PartWriter<'a> {
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let mut stream = self.stream(name);
         stream.write(bytes)?;
-        stream.end();
+        self.end(stream);
         Ok(())
+    }
+
+    /// Ends a tensor.
+    pub fn end(&mut self, stream: Stream) {
+        self.bytes += stream.offset;
+        self.parts.push(Part {
+            name: stream.name,
+            sha256: stream.hash.finalize().into(),
+            late: None,
+        });
     }
 
     /// Hands over a late entry.
@@ -94,25 +110,20 @@ impl<'a> PartWriter<'a> {
     }
 }
 
-impl Stream<'_, '_> {
+impl Stream<'_> {
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Writes what follows, piece by piece.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         for piece in bytes.chunks(PIECE) {
-            self.writer.cancel.check()?;
-            self.writer.shard.write_at(&self.name, self.offset, piece)?;
+            self.cancel.check()?;
+            self.shard.write_at(&self.name, self.offset, piece)?;
             self.hash.update(piece);
             self.offset += piece.len();
         }
         Ok(())
-    }
-
-    pub fn end(self) {
-        self.writer.bytes += self.offset;
-        self.writer.parts.push(Part {
-            name: self.name,
-            sha256: self.hash.finalize().into(),
-            late: None,
-        });
     }
 }
 
@@ -148,14 +159,22 @@ pub fn accept(shard: &ShardWriter, part: &Part) -> Result<()> {
 }
 
 /// A hash by which these tensors of a source are known again. All threads work on
-/// it: it has to keep up with the memory, not with an adversary.
+/// it: it has to keep up with the memory, not with an adversary. The pages of large ones
+/// are given back on the way.
 pub fn source_hash<'a>(
     source: &Checkpoint,
     names: impl IntoIterator<Item = &'a str>,
 ) -> Result<[u8; 16]> {
     let mut digests = Vec::new();
     for name in names {
-        digests.extend(content_digests(source.bytes(name)?)?);
+        let bytes = source.bytes(name)?;
+        for (i, window) in bytes.chunks(WINDOW).enumerate() {
+            digests.extend(piece_digests(window)?);
+            if bytes.len() > WINDOW {
+                source.give_back_part(name, i * WINDOW..(i + 1) * WINDOW)?;
+            }
+        }
+        digests.extend((bytes.len() as u64).to_le_bytes());
     }
     Ok(XxHash3_128::oneshot(&digests).to_le_bytes())
 }
@@ -167,11 +186,15 @@ pub fn file_hash(path: impl AsRef<Path>) -> Result<[u8; 16]> {
 }
 
 fn content_digests(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut digests = piece_digests(bytes)?;
+    digests.extend((bytes.len() as u64).to_le_bytes());
+    Ok(digests)
+}
+
+fn piece_digests(bytes: &[u8]) -> Result<Vec<u8>> {
     pool::run(|| {
         let pieces = bytes.par_chunks(PIECE).map(XxHash3_128::oneshot);
-        let mut digests: Vec<u8> = pieces.flat_map_iter(u128::to_le_bytes).collect();
-        digests.extend((bytes.len() as u64).to_le_bytes());
-        Ok(digests)
+        Ok(pieces.flat_map_iter(u128::to_le_bytes).collect())
     })
 }
 
@@ -208,7 +231,7 @@ mod tests {
         let mut stream = writer.stream("a");
         stream.write(&content[..7]).unwrap();
         stream.write(&content[7..]).unwrap();
-        stream.end();
+        writer.end(stream);
         writer.write("none", &[]).unwrap();
         writer.write_late("state", b"{}").unwrap();
         assert_eq!(writer.bytes(), content.len() + 2);

@@ -135,6 +135,10 @@ impl Layout for Gguf {
         blocks::spell(name, q)
     }
 
+    fn rows_in_order(&self) -> bool {
+        true
+    }
+
     fn config(&self, _modules: &Modules, _config: &mut Json) {}
 
     fn holds_embeddings(&self) -> bool {
