@@ -41,6 +41,8 @@ defmodule VivaTensor.ClusterTest do
   defp receive_held(peer) do
     receive do
       {:holding, worker, unit} when node(worker) == peer.node -> {worker, unit.name}
+    after
+      120_000 -> flunk("no unit begins on #{peer.node}")
     end
   end
 
@@ -128,6 +130,7 @@ defmodule VivaTensor.ClusterTest do
     hold_units()
     job = start!([to: c.to, nodes: [node]] ++ c.opts)
     assert_receive {:holding, here, _}
+    assert_receive {:viva_tensor_job, ^job, {:node, %{node: ^node, state: :silent}}}
 
     for _ <- 1..2 do
       peer = peer!(node: node)

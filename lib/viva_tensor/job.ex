@@ -57,7 +57,8 @@ defmodule VivaTensor.Job do
   - `{:quarantined, %{name: name, reason: text, attempts: n}}`
   - `{:redo, %{name: name}}` for a unit of an earlier job that is not as it was recorded
   - `{:node, %{node: node, state: state, reason: text}}` when another node has `:joined`,
-    was `:lost`, or `:refused`, for what it sees is not what the job sees
+    was `:lost`, is `:silent`, since it does not answer, or `:refused`, for what it sees is
+    not what the job sees
   - `{:state, :stopping}`
   - `{:done, result}`, as `await/2` returns it
 

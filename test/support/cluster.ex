@@ -12,7 +12,9 @@ defmodule VivaTensor.Test.Cluster do
   def start! do
     # The daemon that knows the ports of nodes; it stays where one runs already.
     {_, 0} = System.cmd("epmd", ["-daemon"])
-    unless Node.alive?(), do: {:ok, _} = Node.start(name("test"), :longnames)
+    # Under a name that the others can be connected with.
+    if Node.alive?(), do: :ok = Node.stop()
+    {:ok, _} = Node.start(name("test"), :longnames)
     :net_kernel.set_net_ticktime(@tick, 0)
     :ok
   end

@@ -14,11 +14,11 @@ defmodule VivaTensor.Job.Members do
   # Between two attempts at a node that does not answer.
   @again_ms 3_000
 
-  defstruct wanted: [], invitation: nil, joining: %{}, joined: %{}, refused: []
+  defstruct wanted: [], invitation: nil, joining: %{}, joined: %{}, refused: [], silent: []
 
   @typedoc """
   `wanted` are names of nodes, or all that are connected; those that are `joining` are
-  by what their process is known by, those that `joined` by node.
+  by what their process is known by, those that `joined` by node. Of those that are `silent` it was told.
   """
   @type t :: %__MODULE__{
           wanted: [node] | :connected,
@@ -27,11 +27,16 @@ defmodule VivaTensor.Job.Members do
           joined: %{
             node => %{pid: pid, monitor: reference, workers: pos_integer}
           },
-          refused: [node]
+          refused: [node],
+          silent: [node]
         }
 
   @typedoc "What is told of a node."
-  @type event :: %{node: node, state: :joined | :lost | :refused, reason: String.t() | nil}
+  @type event :: %{
+          node: node,
+          state: :joined | :lost | :refused | :silent,
+          reason: String.t() | nil
+        }
 
   @doc "Asks the nodes that the calling job wants to join."
   @spec invite(map) :: t
@@ -96,6 +101,7 @@ defmodule VivaTensor.Job.Members do
 
     case answer do
       {:ok, pid, workers} ->
+        members = %{members | silent: members.silent -- [node]}
         member = %{pid: pid, monitor: Process.monitor(pid), workers: workers}
         members = %{members | joined: Map.put(members.joined, node, member)}
         {members, [told(node, :joined)]}
@@ -104,7 +110,7 @@ defmodule VivaTensor.Job.Members do
         {%{members | refused: [node | members.refused]}, [told(node, :refused, message)]}
 
       :down ->
-        {members, []}
+        silent(node, members)
     end
   end
 
@@ -120,7 +126,7 @@ defmodule VivaTensor.Job.Members do
         {%{members | refused: [node | members.refused]}, [told(node, :refused, text)]}
 
       _ ->
-        {members, []}
+        silent(node, members)
     end
   end
 
@@ -139,6 +145,16 @@ defmodule VivaTensor.Job.Members do
   end
 
   def handle(_message, _members, _running), do: :unknown
+
+  # Once, not every few seconds.
+  defp silent(node, members) do
+    if node in members.silent do
+      {members, []}
+    else
+      text = "it does not answer, and is asked again every few seconds"
+      {%{members | silent: [node | members.silent]}, [told(node, :silent, text)]}
+    end
+  end
 
   defp told(node, state, reason \\ nil), do: %{node: node, state: state, reason: reason}
 

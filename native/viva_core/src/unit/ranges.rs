@@ -236,7 +236,7 @@ mod tests {
             let of = |most| Ranges::of_at_most(most, &target, "a.weight", DType::F32, &shape);
             let ranges = of(1 << 20).unwrap();
             let ranges = ranges.unwrap_or_else(|| panic!("{format} in {layout}: not apart"));
-            assert!(ranges.at_once < ROWS && ROWS % ranges.at_once != 0);
+            assert!(ranges.at_once < ROWS && !ROWS.is_multiple_of(ranges.at_once));
             assert!(ranges.bytes < 2 << 20);
             let (whole, seen) = written(
                 &dir.path().join("whole"),
