@@ -110,12 +110,15 @@ impl Matrix {
         let row = self.tensor.row_len() * self.tensor.dtype().size();
         let mut sample = Buffer::zeroed(count * row);
         let mut ids = Vec::new();
+        let mut seen = 0;
         for (i, out) in sample.bytes_mut().chunks_exact_mut(row.max(1)).enumerate() {
             let id = jittered(i, count, n);
             out.copy_from_slice(&self.tensor.bytes()[id * row..(id + 1) * row]);
             ids.push(id as u64);
+            // With what is mapped around it.
+            self.give_back(seen..id + 1);
+            seen = id + 1;
         }
-        self.give_back(0..n);
         let shape = vec![count, self.tensor.row_len()];
         Ok((
             Tensor::from_buffer(self.tensor.dtype(), shape, sample)?,

@@ -64,6 +64,10 @@ pub struct Stored {
     scale: Option<Tensor>,
     mean: Option<Vec<f32>>,
     rescore: Option<(Tensor, Option<Tensor>)>,
+    files: Checkpoint,
+    /// Whether what was looked at is given back: the memory of a set that is measured once
+    /// does not grow with it, while one that is searched again and again stays mapped.
+    pub(super) once: bool,
 }
 
 impl Stored {
@@ -109,6 +113,8 @@ impl Stored {
             scale: take("scale"),
             mean,
             rescore: take("rescore").map(|codes| (codes, take("rescore_scale"))),
+            files,
+            once: false,
         })
     }
 
@@ -182,6 +188,14 @@ impl Stored {
         Ok(found)
     }
 
+    /// Some bytes of a tensor were looked at.
+    fn seen(&self, name: &str, part: std::ops::Range<usize>) -> Result<()> {
+        match self.once {
+            true => self.files.give_back_part(name, part),
+            false => Ok(()),
+        }
+    }
+
     fn blocks(&self, queries: usize) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
         let step = (SCORES / queries.max(1)).clamp(256, 1 << 16);
         let rows = self.rows;
@@ -235,6 +249,8 @@ impl Stored {
                 });
                 Ok(())
             })?;
+            let row = self.codes.row_len();
+            self.seen("codes", rows.start * row..rows.end * row)?;
         }
         Ok(())
     }
@@ -277,6 +293,8 @@ impl Stored {
                     },
                 )
             })?;
+            let row = codes.row_len();
+            self.seen("codes", rows.start * row..rows.end * row)?;
         }
         Ok(())
     }
@@ -292,7 +310,10 @@ impl Stored {
         let Some((codes, scale)) = &self.rescore else {
             return Ok(None);
         };
+        /// Pages around one that is touched are mapped with it.
+        const AROUND: usize = 64 << 10;
         let d = self.dimension;
+        let (row_bytes, all) = (d * codes.dtype().size(), codes.bytes().len());
         let values = queries.to_f32_vec();
         // Vectors themselves have no mean taken from them.
         let more = match self.settings.rescore {
@@ -318,6 +339,9 @@ impl Stored {
                         .as_ref()
                         .map_or(1.0, |s| s.f32_chunk(row..row + 1, &mut one)[0]);
                     put(list, most, (id, score[0] * scale + more[i]));
+                    let (from, to) = (row * row_bytes, (row + 1) * row_bytes);
+                    let part = from.saturating_sub(AROUND)..all.min(to + AROUND);
+                    self.seen("rescore", part)?;
                 }
                 Ok(())
             })

@@ -202,7 +202,8 @@ impl Writer {
         if exact.iter().all(Vec::is_empty) {
             return Ok(None);
         }
-        let stored = Stored::open(&self.directory)?;
+        let mut stored = Stored::open(&self.directory)?;
+        stored.once = true;
         let x = &self.queries.values;
         let shape = [self.queries.ids.len(), self.encoder.dimension];
         let queries = Tensor::from_slice(DType::F32, &shape, x)?;
