@@ -192,6 +192,13 @@ fn content_digests(bytes: &[u8]) -> Result<Vec<u8>> {
 }
 
 fn piece_digests(bytes: &[u8]) -> Result<Vec<u8>> {
+    // One piece is hashed sooner than another thread wakes up.
+    if bytes.len() <= PIECE {
+        return Ok(bytes
+            .chunks(PIECE)
+            .flat_map(|p| XxHash3_128::oneshot(p).to_le_bytes())
+            .collect());
+    }
     pool::run(|| {
         let pieces = bytes.par_chunks(PIECE).map(XxHash3_128::oneshot);
         Ok(pieces.flat_map_iter(u128::to_le_bytes).collect())
