@@ -147,6 +147,8 @@ defmodule VivaTensor.Job.Member do
   end
 
   defp start(ref, step, state) do
+    state = make_room(elem(step.work, 2), state)
+
     case Worker.prepare(step, state) do
       {:ok, fun, tally} ->
         state = %{state | tally: tally}
@@ -158,6 +160,20 @@ defmodule VivaTensor.Job.Member do
         Admission.release(step.ticket)
         send(state.job, {ref, {:error, error}})
         {:noreply, state}
+    end
+  end
+
+  # Nobody tells a member that a shard is finished: the files of those that it does
+  # nothing for are closed before it opens another.
+  defp make_room(id, %{tally: tally} = state) do
+    if tally.shards[id].ref do
+      state
+    else
+      steps = Map.values(state.requested) ++ Map.values(state.running)
+      used = for {_ref, step} <- steps, do: elem(step.work, 2)
+      unused = for {id, %{ref: ref}} <- tally.shards, ref != nil, id not in used, do: id
+      closed = &Tally.update(&2, &1, fn shard -> %{shard | ref: nil} end)
+      %{state | tally: Enum.reduce(unused, tally, closed)}
     end
   end
 

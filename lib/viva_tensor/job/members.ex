@@ -100,6 +100,11 @@ defmodule VivaTensor.Job.Members do
     members = %{members | joining: joining}
 
     case answer do
+      # It comes when the job has let the others go.
+      {:ok, pid, _workers} when members.wanted == [] ->
+        send(pid, :dismiss)
+        {members, []}
+
       {:ok, pid, workers} ->
         members = %{members | silent: members.silent -- [node]}
         member = %{pid: pid, monitor: Process.monitor(pid), workers: workers}
@@ -201,6 +206,6 @@ defmodule VivaTensor.Job.Members do
   def dismiss(members) do
     if members.wanted != [], do: :net_kernel.monitor_nodes(false)
     for {_node, member} <- members.joined, do: send(member.pid, :dismiss)
-    %__MODULE__{}
+    %__MODULE__{joining: members.joining}
   end
 end
