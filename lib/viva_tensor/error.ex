@@ -42,6 +42,7 @@ defmodule VivaTensor.Error do
   | `:worker_crashed` | `work`, `attempts`, `reason` |
   | `:timeout` | `milliseconds` |
   | `:no_job` | `reason` |
+  | `:another_node` | `how` |
   | `:no_queue` | |
   """
 
