@@ -12,7 +12,6 @@ defmodule VivaTensor.DocsTest do
   @pages ["README.md" | Path.wildcard("docs/**/*.md")]
 
   for page <- @pages do
-    @tag timeout: 120_000
     test "the examples of #{page} run" do
       blocks = unquote(page) |> File.read!() |> examples()
       root = File.cwd!()

@@ -38,20 +38,20 @@ defmodule VivaTensor.Job.QuarantineTest do
       if unit.name == @hung and unit.attempt == 1, do: Process.sleep(:infinity)
     end)
 
-    job = start!(source: @model, to: c.to, format: :int8, unit_timeout: 50)
+    job = start!(source: @model, to: c.to, format: :int8, unit_timeout: 1_000)
     assert {:ok, report} = Job.await(job)
     assert report.quantized == 14 and report.quarantined == []
 
     assert_received {:viva_tensor_job, ^job,
-                     {:retry, %{work: @hung, attempt: 2, reason: {:timeout, 50}}}}
+                     {:retry, %{work: @hung, attempt: 2, reason: {:timeout, 1_000}}}}
   end
 
   test "one that always hangs is put aside, and the others are done", c do
     at_unit_start(fn unit -> if unit.name == @hung, do: Process.sleep(:infinity) end)
-    job = start!(source: @model, to: c.to, format: :int8, unit_timeout: 50)
+    job = start!(source: @model, to: c.to, format: :int8, unit_timeout: 1_000)
     assert {:partial, report} = Job.await(job)
     assert [%{name: @hung, attempts: 3, reason: reason}] = report.quarantined
-    assert reason == "it took longer than 50 ms"
+    assert reason == "it took longer than 1000 ms"
     assert length(report.tensors) == 19
     assert Admission.in_flight() == 0
   end

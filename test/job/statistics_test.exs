@@ -137,7 +137,7 @@ defmodule VivaTensor.Job.StatisticsTest do
         notify: self()
       )
 
-    assert_receive {:viva_tensor_job, ^job, {:planned, _}}, 30_000
+    assert_receive {:viva_tensor_job, ^job, {:planned, _}}
     for pid <- Task.Supervisor.children(VivaTensor.Job.Workers), do: Process.exit(pid, :kill)
     assert {:ok, _report} = Job.await(job)
     assert weights(path) == weights(to)

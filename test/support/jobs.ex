@@ -142,7 +142,7 @@ defmodule VivaTensor.Test.Jobs do
       end)
 
     job = start!([max_concurrency: 1] ++ opts)
-    assert_receive {:reached, worker}, 10_000
+    assert_receive {:reached, worker}
     # Recording goes on beside the units.
     wait_until(fn -> match?({_, %{recording: nil}}, :sys.get_state(job)) end)
     monitor = Process.monitor(job)

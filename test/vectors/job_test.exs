@@ -172,7 +172,7 @@ defmodule VivaTensor.Vectors.JobTest do
 
     opts = options(dir, "out", vectors: stream)
     job = Jobs.start!(opts)
-    assert_receive :holding, 60_000
+    assert_receive :holding
     assert {:ok, %{state: :running, vectors: %{done: 2048}}} = Job.status(job)
     assert {:error, %{reason: {:cancelled, _}}} = Job.cancel(job)
     assert [%{tensors_done: 2, running: false}] = Job.Unfinished.list(dir)
@@ -271,11 +271,11 @@ defmodule VivaTensor.Vectors.JobTest do
       end)
 
     job = Jobs.start!(opts)
-    assert_receive {:reached, worker}, 60_000
+    assert_receive {:reached, worker}
     # The worker ends with its job.
     monitors = for pid <- [job, worker], do: Process.monitor(pid)
     Process.exit(job, :kill)
-    for monitor <- monitors, do: assert_receive({:DOWN, ^monitor, _, _, _}, 60_000)
+    for monitor <- monitors, do: assert_receive({:DOWN, ^monitor, _, _, _})
     # The answer to any call shows that the news has been dealt with.
     :sys.get_state(VivaTensor.Job.Outputs)
     Telemetry.detach(id)

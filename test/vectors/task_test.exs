@@ -50,7 +50,7 @@ defmodule VivaTensor.Vectors.TaskTest do
     end)
 
     {:ok, job} = Job.start(vectors: source, to: to, codes: :int4)
-    assert_receive {:at, ^job}, 60_000
+    assert_receive {:at, ^job}
     {:ok, %{running: ["vectors 0 to 63"]}} = Job.status(job)
     {:error, _} = Job.cancel(job)
     # Nothing was recorded yet.
