@@ -8,14 +8,16 @@ use viva_core::format::FORMATS;
 
 /// Where names belong. LLM.int8() is an arithmetic of one format, and int8 the name
 /// of one for many; a conversion prefers some formats to others: it does without new
-/// ones.
-const KNOW_NAMES: [&str; 6] = [
+/// ones; codes of vectors are of three kinds, two of which are called what the formats
+/// are that multiply them.
+const KNOW_NAMES: [&str; 7] = [
     "format.rs",
     "formats/",
     "layout/",
     "ops/int8.rs",
     "ops/llm_int8.rs",
     "transcode/",
+    "vectors/",
 ];
 
 fn sources(directory: &Path, found: &mut Vec<std::path::PathBuf>) {
