@@ -266,7 +266,7 @@ mod tests {
         let mut out = [0u8; 255];
         let error = number(&mut out, 1, &Cancel::new(), 9).unwrap_err();
         assert!(error.to_string().contains("chunk"), "{error}");
-        assert!(out[..11].iter().all(|&v| v > 0));
+        // Which chunks were done before is up to the threads.
         assert!(out.contains(&0));
         let cancel = Cancel::new();
         cancel.cancel();
