@@ -64,6 +64,7 @@ defmodule VivaTensor.MixProject do
       extras:
         ["README.md", "docs/formats.md" | Path.wildcard("docs/formats/*.md")] ++
           ["docs/methods.md", "docs/layouts.md", "docs/jobs.md", "docs/vectors.md"] ++
+          ["docs/gleam.md", "docs/erlang.md"] ++
           ["docs/kernels.md"] ++
           ["docs/adding-a-format.md"] ++
           ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"],

@@ -26,6 +26,7 @@ defmodule VivaTensor.Error do
   | `:indivisible` | `row`, `block` |
   | `:non_finite` | `nan`, `inf`, `first`: counts, and the first one's index; `vector` where it is in one |
   | `:scale_overflow` | `scale`, `dtype` |
+  | `:singular_hessian` | `damping` |
   | `:released` | |
   | `:layout_mismatch` | `layout`, `format`, `message` |
   | `:invalid_file` | `path`, `message` |
