@@ -48,15 +48,25 @@ defmodule VivaTensor.MixProject do
 
   defp deps(_hex? = false), do: []
 
+  # What builds, with what its manifests name, and no more.
   defp package do
     [
       licenses: ["Apache-2.0"],
-      links: %{},
+      links: links(System.get_env("GITHUB_REPOSITORY")),
       files:
-        ~w(lib native .cargo Cargo.toml Cargo.lock mix.exs .formatter.exs .tool-versions) ++
-          ~w(bench/quality_bars.json bench/results README.md CHANGELOG.md LICENSE)
+        ~w(lib native/mix_compiler.exs native/precompiled.exs native/checksums.txt) ++
+          ~w(native/viva_core/Cargo.toml native/viva_core/src native/viva_core/benches) ++
+          ~w(native/viva_core/examples native/viva_core/tests/support) ++
+          ~w(native/viva_nif/Cargo.toml native/viva_nif/src) ++
+          ~w(.cargo Cargo.toml Cargo.lock mix.exs .formatter.exs) ++
+          ~w(bench/quality_bars.json bench/results/reference_quality.json) ++
+          ~w(README.md CHANGELOG.md LICENSE)
     ]
   end
+
+  # A package is made where the repository is, by .github/workflows/release.yml.
+  defp links(nil), do: %{}
+  defp links(repository), do: %{"GitHub" => "https://github.com/#{repository}"}
 
   defp docs do
     [

@@ -1,6 +1,9 @@
+Code.require_file("precompiled.exs", __DIR__)
+
 defmodule Mix.Tasks.Compile.VivaNative do
   @moduledoc """
-  Builds the NIF library with cargo and puts it into `priv/native`.
+  Builds the NIF library with cargo and puts it into `priv/native`, or takes the one of
+  a release: see `VivaTensor.Precompiled`.
 
   Cargo decides what is out of date, so this task calls it every time; its
   messages go straight to the terminal. The library is replaced only when its
@@ -13,6 +16,8 @@ defmodule Mix.Tasks.Compile.VivaNative do
 
   use Mix.Task.Compiler
 
+  alias VivaTensor.Precompiled
+
   @sources ["Cargo.{toml,lock}", "native/*/Cargo.toml", "native/*/src/**/*.rs"]
 
   @impl true
@@ -23,7 +28,7 @@ defmodule Mix.Tasks.Compile.VivaNative do
     status =
       if skip_build?(),
         do: use_prebuilt(library),
-        else: config |> cargo_build() |> install(library)
+        else: config |> bytes(library) |> install(library)
 
     # Mix links priv into _build before it runs the compilers, when on a first
     # build there is none yet.
@@ -51,6 +56,11 @@ defmodule Mix.Tasks.Compile.VivaNative do
     end
 
     :noop
+  end
+
+  defp bytes(config, library) do
+    version = Mix.Project.config()[:version]
+    Precompiled.library(config[:crate], version, library) || File.read!(cargo_build(config))
   end
 
   defp cargo_build(config) do
@@ -103,9 +113,7 @@ defmodule Mix.Tasks.Compile.VivaNative do
       "VIVA_TENSOR_SKIP_BUILD=1 to use a library that was built elsewhere."
   end
 
-  defp install(built, library) do
-    bytes = File.read!(built)
-
+  defp install(bytes, library) do
     case File.read(library) do
       {:ok, ^bytes} ->
         :noop
