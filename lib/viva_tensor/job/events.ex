@@ -27,8 +27,7 @@ defmodule VivaTensor.Job.Events do
   """
   @spec unit_done(job, Step.t(), Report.row()) :: :ok
   def unit_done(job, step, row) do
-    milliseconds =
-      System.convert_time_unit(System.monotonic_time() - step.started, :native, :millisecond)
+    milliseconds = System.convert_time_unit(step.ended - step.started, :native, :millisecond)
 
     fields =
       [unit: row.name, to: job.options.to, action: row.action, format: row.format] ++

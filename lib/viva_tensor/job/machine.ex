@@ -249,10 +249,11 @@ defmodule VivaTensor.Job.Machine do
     {Step.ended(step), %{data | running: running}}
   end
 
-  defp completed(:stopping, %{work: {:unit, _, _}} = step, {:ok, done}, data) do
-    {_row, data} = unit_done(step, done, data)
-    stopped(data)
-  end
+  defp completed(:stopping, %{work: {:unit, unit, _}} = step, {:ok, done}, data),
+    do: stopped(unit_done(unit, step, done, data))
+
+  defp completed(:stopping, %{work: {:units, _, _}} = step, {:ok, results}, data),
+    do: stopped(units_done(results, step, data))
 
   defp completed(:stopping, _step, _result, data), do: stopped(data)
 
@@ -273,10 +274,13 @@ defmodule VivaTensor.Job.Machine do
     end
   end
 
-  defp completed(:running, %{work: {:unit, _unit, id}} = step, {:ok, done}, data) do
-    {row, data} = unit_done(step, done, data)
-    Events.unit_done(data, step, row)
-    settle(data, id)
+  defp completed(:running, %{work: {:unit, unit, id}} = step, {:ok, done}, data),
+    do: unit |> unit_done(step, done, data) |> settle(id)
+
+  defp completed(:running, %{work: {:units, _units, id}} = step, {:ok, results}, data) do
+    again = for {unit, _times, {:error, _}} <- results, do: Step.unit(unit, id)
+    data = units_done(results, step, data)
+    settle(%{data | queue: again ++ data.queue}, id)
   end
 
   defp completed(:running, %{work: {:unit, unit, id}} = step, {:error, error}, data) do
@@ -298,9 +302,11 @@ defmodule VivaTensor.Job.Machine do
 
   # What an earlier job recorded counts if it is still there.
   defp completed(:running, %{work: {:recall, unit, id, {:unit, was}}} = step, {:ok, true}, data) do
-    row = Span.put(was.row, step, data.started)
+    span = Span.of(step, data.started)
+    row = Span.put(was.row, span)
     Events.notify(data, {:unit, row})
-    %{data | tally: Tally.done(data.tally, id, unit, row)} |> settle(id)
+    ledger = Ledger.add(data.ledger, {:verified, unit.name, span})
+    %{data | ledger: ledger, tally: Tally.done(data.tally, id, row)} |> settle(id)
   end
 
   defp completed(:running, %{work: {:recall, unit, id, _found}}, {:ok, false}, data) do
@@ -333,6 +339,10 @@ defmodule VivaTensor.Job.Machine do
     Events.failed(step, reason)
 
     case step do
+      %{work: {:units, _, _}} ->
+        queue = Step.apart(step) ++ data.queue
+        {:keep_state, Placement.advance(%{data | queue: queue})}
+
       %{attempt: attempt} when attempt < @attempts ->
         what = %{work: Step.name(step), attempt: attempt + 1, reason: reason}
         Events.notify(data, {:retry, what})
@@ -439,11 +449,18 @@ defmodule VivaTensor.Job.Machine do
 
   # Shards
 
-  defp unit_done(%{work: {:unit, unit, id}} = step, {stats, source_hash, parts}, data) do
-    row = unit |> Report.row(stats) |> Span.put(step, data.started)
+  defp unit_done(unit, %{work: {_, _, id}} = step, {stats, source_hash, parts}, data) do
+    row = unit |> Report.row(stats) |> Span.put(Span.of(step, data.started))
     record = {:unit, id, unit.name, %{row: row, source_hash: source_hash, parts: parts}}
     ledger = Ledger.add(data.ledger, record, data.tally.shards[id])
-    {row, %{data | ledger: ledger, tally: Tally.done(data.tally, id, unit, row)}}
+    Events.unit_done(data, step, row)
+    %{data | ledger: ledger, tally: Tally.done(data.tally, id, row)}
+  end
+
+  defp units_done(results, step, data) do
+    for {unit, {started, ended}, {:ok, done}} <- results, reduce: data do
+      data -> unit_done(unit, %{step | started: started, ended: ended}, done, data)
+    end
   end
 
   defp keep_later(data, id, unit, reason) do
@@ -579,7 +596,7 @@ defmodule VivaTensor.Job.Machine do
     members = Members.dismiss(data.members)
     replies = for from <- data.waiting, do: {:reply, from, result}
     # The plan holds the mapped source and the shards: nothing needs them now.
-    tally = %{data.tally | shards: %{}, rows: %{}}
+    tally = %{data.tally | shards: %{}}
     data = %{data | result: result, waiting: [], plan: nil, tally: tally, found: nil}
     data = %{data | members: members}
     {:next_state, :done, data, replies ++ [linger(), :hibernate]}

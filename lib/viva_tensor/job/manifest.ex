@@ -16,14 +16,16 @@ defmodule VivaTensor.Job.Manifest do
   - `{:unit, shard, name, %{row:, source_hash:, parts:}}` - a finished unit; `parts`
     are `{tensor, sha256, content}`, the content of a tensor that the shard gets only
     when it is finished, `nil` for others
+  - `{:verified, name, span}` - a unit of an earlier job was looked at, and when
   - `{:kept, shard, name, reason}` - a weight that has to be kept after all
   - `{:rewritten, shard, %{name => reason}}` - a shard that others replace
   - `{:named, [{file, final}]}` - the files of shards get these names
-  - `{:published, report}` - everything is there and about to appear
+  - `{:published, report}` - everything is there and about to appear; the report is
+    without its rows, which are those of the units
   """
 
   alias VivaTensor.Error
-  alias VivaTensor.Job.{FileError, Observation}
+  alias VivaTensor.Job.{FileError, Observation, Span}
 
   @magic "viva_tensor manifest 1\n"
 
@@ -35,6 +37,7 @@ defmodule VivaTensor.Job.Manifest do
           | {:resumed, map}
           | {:scales, Observation.group(), Observation.chosen()}
           | {:unit, shard, String.t(), map}
+          | {:verified, String.t(), Span.t()}
           | {:kept, shard, String.t(), String.t()}
           | {:rewritten, shard, %{String.t() => String.t()}}
           | {:named, [{String.t(), String.t()}]}
@@ -69,8 +72,16 @@ defmodule VivaTensor.Job.Manifest do
   @doc "The records of a file, and where the next one goes."
   @spec read(Path.t()) :: {:ok, [tuple], non_neg_integer} | {:error, Error.t()}
   def read(path) do
+    with {:ok, found, at} <- reduce(path, [], &[&1 | &2]), do: {:ok, Enum.reverse(found), at}
+  end
+
+  @doc "Takes the records of a file one by one, and says where the next one goes."
+  @spec reduce(Path.t(), acc, (tuple, acc -> acc)) ::
+          {:ok, acc, non_neg_integer} | {:error, Error.t()}
+        when acc: term
+  def reduce(path, acc, fun) do
     with {:ok, bytes} <- path |> File.read() |> FileError.wrap(:output, path),
-         :error <- decode(bytes) do
+         :error <- reduce_bytes(bytes, acc, fun) do
       {:error,
        Error.new(
          :output,
@@ -82,21 +93,31 @@ defmodule VivaTensor.Job.Manifest do
 
   @doc "The same of the bytes of a file; `:error` for any other file."
   @spec decode(binary) :: {:ok, [tuple], non_neg_integer} | :error
-  def decode(<<@magic, rest::binary>>), do: records(rest, byte_size(@magic), [])
-  # Torn before there was anything to say, or never written: then a file has zeros.
-  def decode(<<0, _zeros::binary>>), do: {:ok, [], 0}
-  def decode(bytes) when byte_size(bytes) < byte_size(@magic), do: {:ok, [], 0}
-  def decode(_bytes), do: :error
+  def decode(bytes) do
+    with {:ok, found, at} <- reduce_bytes(bytes, [], &[&1 | &2]),
+         do: {:ok, Enum.reverse(found), at}
+  end
 
-  defp records(<<size::32, crc::32, term::binary-size(size), rest::binary>>, at, found) do
+  defp reduce_bytes(<<@magic, rest::binary>>, acc, fun),
+    do: records(rest, byte_size(@magic), acc, fun)
+
+  # Torn before there was anything to say, or never written: then a file has zeros.
+  defp reduce_bytes(<<0, _zeros::binary>>, acc, _fun), do: {:ok, acc, 0}
+
+  defp reduce_bytes(bytes, acc, _fun) when byte_size(bytes) < byte_size(@magic),
+    do: {:ok, acc, 0}
+
+  defp reduce_bytes(_bytes, _acc, _fun), do: :error
+
+  defp records(<<size::32, crc::32, term::binary-size(size), rest::binary>>, at, acc, fun) do
     # Nothing, and the checksum of nothing, are zeros: what a file has where it was never
     # written.
     if size > 0 and :erlang.crc32(term) == crc do
-      records(rest, at + 8 + size, [:erlang.binary_to_term(term) | found])
+      records(rest, at + 8 + size, fun.(:erlang.binary_to_term(term), acc), fun)
     else
-      {:ok, Enum.reverse(found), at}
+      {:ok, acc, at}
     end
   end
 
-  defp records(_torn, at, found), do: {:ok, Enum.reverse(found), at}
+  defp records(_torn, at, acc, _fun), do: {:ok, acc, at}
 end

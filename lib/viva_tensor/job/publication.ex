@@ -6,7 +6,8 @@ defmodule VivaTensor.Job.Publication do
   """
 
   alias VivaTensor.{Error, Native, Recipe, Report}
-  alias VivaTensor.Job.{FileError, Identity, Ledger, Options, Plan, ReportFiles, Shard, Tally}
+  alias VivaTensor.Job.{FileError, Identity, Ledger, Options, Plan, ReportFiles, Rows}
+  alias VivaTensor.Job.{Shard, Tally}
 
   @config "config.json"
   @index "model.safetensors.index.json"
@@ -30,16 +31,17 @@ defmodule VivaTensor.Job.Publication do
     names = Shard.final_names(plan.file, length(shards))
     units = Enum.flat_map(shards, & &1.units)
     written = for {shard, name} <- Enum.zip(shards, names), do: put_elem(shard.written, 0, name)
-    fields = fields(job, for({name, bytes, _} <- written, do: %{name: name, bytes: bytes}))
+    files = for {name, bytes, _} <- written, do: %{name: name, bytes: bytes}
     named = for {shard, name} <- Enum.zip(shards, names), do: {Shard.file(shard), name}
 
-    with {:ok, ledger} <- record(job.ledger, {:named, named}, output),
+    with {:ok, fields} <- fields(job, units, files),
+         {:ok, ledger} <- record(job.ledger, {:named, named}, output),
          :ok <- rename(shards, names, output),
          :ok <- write_index(output, written),
          {:ok, written_already} <- write_config(output, plan, units),
          :ok <- carry_companions(output, plan, written_already),
          {:ok, report} <- write_report(output, job.options, fields),
-         {:ok, _ledger} <- record(ledger, {:published, fields}, output),
+         {:ok, _ledger} <- record(ledger, {:published, Map.delete(fields, :tensors)}, output),
          {:ok, _path} <- output |> Native.output_commit() |> Error.wrap(:output) do
       {:ok, report}
     end
@@ -51,7 +53,10 @@ defmodule VivaTensor.Job.Publication do
   """
   @spec put_aside(job) :: {:ok, Report.t()} | {:error, Error.t()}
   def put_aside(%{output: output} = job) do
-    with {:ok, report} <- write_report(output, job.options, fields(job, [])) do
+    units = job.tally |> Tally.in_order() |> Enum.flat_map(& &1.units)
+
+    with {:ok, fields} <- fields(job, units, []),
+         {:ok, report} <- write_report(output, job.options, fields) do
       Native.output_release(output)
       {:ok, report}
     end
@@ -78,16 +83,27 @@ defmodule VivaTensor.Job.Publication do
     end
   end
 
-  defp fields(job, files) do
-    %{
-      identity: Identity.digest(job.identity),
-      statistics: job.plan.statistics,
-      tensors: Tally.rows(job.tally),
-      quarantined: Tally.quarantined(job.tally),
-      files: files,
-      input_bytes: job.plan.bytes_on_disk,
-      seconds: job.seconds
-    }
+  defp fields(job, units, files) do
+    with {:ok, rows} <- rows(job, units) do
+      {:ok,
+       %{
+         identity: Identity.digest(job.identity),
+         statistics: job.plan.statistics,
+         tensors: rows,
+         quarantined: Tally.quarantined(job.tally),
+         files: files,
+         input_bytes: job.plan.bytes_on_disk,
+         seconds: job.seconds
+       }}
+    end
+  end
+
+  # A job that has nothing to record has no manifest.
+  defp rows(%{ledger: %{at: 0}}, _units), do: {:ok, []}
+
+  defp rows(job, units) do
+    with {:ok, {_found, manifest}} <- job.output |> Native.output_found() |> Error.wrap(:output),
+         do: Rows.read(manifest, units)
   end
 
   defp write_report(output, options, fields) do

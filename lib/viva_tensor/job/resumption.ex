@@ -8,7 +8,7 @@ defmodule VivaTensor.Job.Resumption do
   """
 
   alias VivaTensor.{Error, Native}
-  alias VivaTensor.Job.{FileError, Identity, Manifest, Observation, Options, Plan}
+  alias VivaTensor.Job.{FileError, Identity, Manifest, Observation, Options, Plan, Rows}
 
   defstruct at: 0, head: [], scales: %{}, units: %{}, rewritten: %{}, published: nil
 
@@ -58,7 +58,7 @@ defmodule VivaTensor.Job.Resumption do
           was = Enum.reduce(records, was, &latest/2)
 
           with {:ok, head} <- compare(was, identity, plan, found) do
-            placed(what, %{found | head: head}, records, Path.dirname(path))
+            placed(what, %{found | head: head}, records, Path.dirname(path), plan)
           end
 
         [] ->
@@ -67,10 +67,13 @@ defmodule VivaTensor.Job.Resumption do
     end
   end
 
-  defp placed(:published, found, _records, _directory), do: {:ok, found}
+  defp placed(:published, found, records, _directory, plan) do
+    rows = Rows.of(records, Enum.concat(plan.shards))
+    {:ok, %{found | published: Map.put(found.published, :tensors, rows)}}
+  end
 
   # What was about to appear did not.
-  defp placed(:unfinished, found, records, directory) do
+  defp placed(:unfinished, found, records, directory, _plan) do
     with :ok <- provisional_names(records, directory), do: {:ok, %{found | published: nil}}
   end
 

@@ -19,18 +19,20 @@ defmodule VivaTensor.Job.Shard do
   would pass `max_shard_size`.
   """
 
-  alias VivaTensor.{Error, Native}
+  alias VivaTensor.{Error, Native, Report}
   alias VivaTensor.Job.{FileError, Plan, Unit}
 
   @enforce_keys [:id, :units, :remaining]
-  defstruct [:id, :units, :remaining, :ref, :mark, aside: 0, non_finite: %{}, written: nil]
+  defstruct [:id, :units, :remaining, :ref, :mark, :written] ++
+              [done: {0, 0, 0}, aside: 0, non_finite: %{}]
 
   @typedoc "A finished file: its name, its bytes, its tensors and theirs."
   @type written :: {String.t(), non_neg_integer, [{String.t(), non_neg_integer}]}
 
   @typedoc """
-  `mark` tells its file from any other to other nodes; `non_finite` says of units, by name, what they met; `aside` counts those that are put
-  aside.
+  `mark` tells its file from any other to other nodes; of the units that are `done`, their
+  number and the bytes that they read and wrote; `non_finite` says of units, by name, what
+  they met; `aside` counts those that are put aside.
   """
   @type t :: %__MODULE__{
           id: [non_neg_integer],
@@ -38,6 +40,7 @@ defmodule VivaTensor.Job.Shard do
           remaining: non_neg_integer,
           ref: reference | nil,
           mark: String.t() | nil,
+          done: {non_neg_integer, non_neg_integer, non_neg_integer},
           aside: non_neg_integer,
           non_finite: %{String.t() => String.t()},
           written: written | nil
@@ -47,19 +50,24 @@ defmodule VivaTensor.Job.Shard do
   @spec new([non_neg_integer], [Unit.t()]) :: t
   def new(id, units), do: %__MODULE__{id: id, units: units, remaining: length(units)}
 
-  @doc "One unit less to wait for."
-  @spec unit_done(t) :: t
-  def unit_done(%__MODULE__{} = shard), do: %{shard | remaining: shard.remaining - 1}
+  @doc "One unit less to wait for, with what its row counts."
+  @spec unit_done(t, Report.row()) :: t
+  def unit_done(%__MODULE__{done: {units, read, written}} = shard, row) do
+    done = {units + 1, read + row.input_bytes, written + row.output_bytes}
+    %{one_less(shard) | done: done}
+  end
+
+  defp one_less(shard), do: %{shard | remaining: shard.remaining - 1}
 
   @doc "One unit less to wait for, though its weight has to be kept after all."
   @spec keep_later(t, Unit.t(), String.t()) :: t
   def keep_later(%__MODULE__{} = shard, unit, reason) do
-    unit_done(%{shard | non_finite: Map.put(shard.non_finite, unit.name, reason)})
+    one_less(%{shard | non_finite: Map.put(shard.non_finite, unit.name, reason)})
   end
 
   @doc "One unit less to wait for, since it is put aside: the shard stays unfinished."
   @spec put_aside(t) :: t
-  def put_aside(%__MODULE__{} = shard), do: unit_done(%{shard | aside: shard.aside + 1})
+  def put_aside(%__MODULE__{} = shard), do: one_less(%{shard | aside: shard.aside + 1})
 
   @doc "Whether nothing more is done for it."
   @spec settled?(t) :: boolean

@@ -22,22 +22,32 @@ defmodule VivaTensor.Job.Span do
     0 |> Stream.iterate(&(&1 + 1)) |> Enum.find(&(&1 not in taken))
   end
 
-  @doc "The row of a unit with the span of the step that did or verified it, in a job that began then."
-  @spec put(Report.row(), Step.t(), integer) :: Report.row()
-  def put(row, step, job_began) do
-    row
-    |> at(step.node)
-    |> Map.merge(%{
+  @type t :: %{
+          worker: non_neg_integer,
+          began: float,
+          ended: float,
+          attempt: pos_integer,
+          verified: boolean,
+          node: node | nil
+        }
+
+  @doc "The span of a step that did or verified a unit, in a job that began then."
+  @spec of(Step.t(), integer) :: t
+  def of(step, job_began) do
+    %{
       worker: step.slot,
       began: seconds(step.started - job_began),
       ended: seconds(step.ended - job_began),
       attempt: step.attempt,
-      verified: match?({:recall, _, _, _}, step.work)
-    })
+      verified: match?({:recall, _, _, _}, step.work),
+      node: step.node
+    }
   end
 
-  defp at(row, nil), do: Map.delete(row, :node)
-  defp at(row, node), do: Map.put(row, :node, node)
+  @doc "The row of a unit with its span; the job's own node is not named."
+  @spec put(Report.row(), t) :: Report.row()
+  def put(row, %{node: nil} = span), do: row |> Map.merge(span) |> Map.delete(:node)
+  def put(row, span), do: Map.merge(row, span)
 
   defp seconds(native), do: System.convert_time_unit(native, :native, :microsecond) / 1.0e6
 end

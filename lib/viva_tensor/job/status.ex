@@ -3,7 +3,7 @@ defmodule VivaTensor.Job.Status do
   How far a job is, and how long the rest may take.
   """
 
-  alias VivaTensor.Job.Admission
+  alias VivaTensor.Job.{Admission, Step}
 
   @typedoc """
   - `state` - `:planning`, `:scaling` (choosing the scales of columns), `:running`, `:finishing`, `:stopping` or `:done`
@@ -46,7 +46,7 @@ defmodule VivaTensor.Job.Status do
     now = System.monotonic_time()
 
     units =
-      for {_ref, %{work: {:unit, unit, _}} = step} <- data.running do
+      for {_ref, step} <- data.running, unit <- Step.units(step) do
         microseconds = System.convert_time_unit(now - step.started, :native, :microsecond)
         seconds = microseconds / 1.0e6
         %{name: unit.name, seconds: seconds, attempt: step.attempt, node: step.node}

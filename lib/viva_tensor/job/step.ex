@@ -4,6 +4,9 @@ defmodule VivaTensor.Job.Step do
   recorded, choose the scales of a group of weights, do a unit or look whether it is
   done already, finish a shard.
 
+  Very small units are done one after another by one worker, since handing each of them
+  out would take longer than doing it. What fails there is done again alone.
+
   Its cancel flag is its own and made anew for each attempt, so that one that takes
   too long can be asked to leave without any other. A step that was sent to another
   `node` has its flag there, with the member that it is `away` with.
@@ -12,6 +15,10 @@ defmodule VivaTensor.Job.Step do
   alias VivaTensor.Job.{Ledger, Manifest, Observation, Resumption, Shard, Span}
   alias VivaTensor.Job.{Unit, Workers}
   alias VivaTensor.Native
+
+  # Together no more than what a killed job may have to do again for each worker.
+  @very_small_bytes 4 * 1024
+  @together 64
 
   @enforce_keys [:work, :bytes]
   defstruct [
@@ -35,6 +42,7 @@ defmodule VivaTensor.Job.Step do
           | {:compare, {:unfinished | :published, Path.t()}}
           | {:search, Observation.group()}
           | {:unit, Unit.t(), Manifest.shard()}
+          | {:units, [Unit.t()], Manifest.shard()}
           | {:recall, Unit.t(), Manifest.shard(), Resumption.unit()}
           | {:finish, Manifest.shard()}
 
@@ -67,13 +75,33 @@ defmodule VivaTensor.Job.Step do
   def all(%Shard{units: []} = shard, _recorded), do: [new({:finish, shard.id})]
 
   def all(%Shard{} = shard, recorded) do
-    for unit <- shard.units do
+    shard.units
+    |> Enum.map(fn unit ->
       case Map.fetch(recorded, {shard.id, unit.name}) do
         {:ok, unit_then} -> new({:recall, unit, shard.id, unit_then})
         :error -> unit(unit, shard.id)
       end
-    end
+    end)
+    |> Enum.chunk_by(&very_small?/1)
+    |> Enum.flat_map(fn [first | _] = steps ->
+      if very_small?(first),
+        do: steps |> Enum.chunk_every(@together) |> Enum.map(&together/1),
+        else: steps
+    end)
   end
+
+  defp very_small?(%{work: {:unit, unit, _}}), do: unit.input_bytes <= @very_small_bytes
+  defp very_small?(_step), do: false
+
+  defp together([step]), do: step
+
+  defp together([%{work: {:unit, _, id}} | _] = steps) do
+    new({:units, for(%{work: {_, unit, _}} <- steps, do: unit), id}, sum(steps, :bytes))
+  end
+
+  @doc "The steps that do the units of such a step one by one."
+  @spec apart(t) :: [t]
+  def apart(%{work: {:units, units, id}}), do: Enum.map(units, &unit(&1, id))
 
   @doc "The step with a cancel flag for its next attempt."
   @spec armed(t) :: t
@@ -150,15 +178,23 @@ defmodule VivaTensor.Job.Step do
   def again(step), do: %{step | attempt: step.attempt + 1, node: nil}
 
   defp timed?(%{work: {:unit, _, _}}), do: true
+  defp timed?(%{work: {:units, _, _}}), do: true
   defp timed?(%{work: {:search, _}}), do: true
   defp timed?(_step), do: false
 
   @doc "Bytes of the source that are to be done again if these are lost, and what is not recorded."
   @spec risk([t], Ledger.t()) :: non_neg_integer
   def risk(steps, ledger) do
-    running = for %{work: {:unit, unit, _}} <- steps, do: unit.input_bytes
-    Ledger.unrecorded(ledger) + Enum.sum(running)
+    Ledger.unrecorded(ledger) + (steps |> Enum.flat_map(&units/1) |> sum(:input_bytes))
   end
+
+  @doc "The units that a step does."
+  @spec units(t) :: [Unit.t()]
+  def units(%{work: {:unit, unit, _}}), do: [unit]
+  def units(%{work: {:units, units, _}}), do: units
+  def units(_step), do: []
+
+  defp sum(all, key), do: all |> Enum.map(&Map.fetch!(&1, key)) |> Enum.sum()
 
   @doc "What a step is about."
   @spec name(t) :: String.t()
@@ -167,5 +203,6 @@ defmodule VivaTensor.Job.Step do
   def name(%{work: {:search, {into, _, _}}}), do: "the scales of #{into}"
   def name(%{work: {:finish, id}}), do: "shard #{Enum.join(id, "-")}"
   def name(%{work: {:unit, unit, _}}), do: unit.name
+  def name(%{work: {:units, [unit | more], _}}), do: "#{unit.name} and #{length(more)} more"
   def name(%{work: {:recall, unit, _, _}}), do: unit.name
 end

@@ -7,7 +7,6 @@ defmodule VivaTensor.Job.Tally do
   alias VivaTensor.Job.{Manifest, Observation, Plan, Shard, Unit}
 
   defstruct shards: %{},
-            rows: %{},
             quarantined: %{},
             tensors: 0,
             bytes: 0,
@@ -16,11 +15,10 @@ defmodule VivaTensor.Job.Tally do
             bytes_written: 0
 
   @typedoc """
-  `rows` of the report are by the ids of units, as are those that are `quarantined`.
+  Units that are `quarantined` are by their ids.
   """
   @type t :: %__MODULE__{
           shards: %{Manifest.shard() => Shard.t()},
-          rows: %{non_neg_integer => Report.row()},
           quarantined: %{non_neg_integer => Report.quarantined()},
           tensors: non_neg_integer,
           bytes: non_neg_integer,
@@ -45,12 +43,6 @@ defmodule VivaTensor.Job.Tally do
   @spec in_order(t) :: [Shard.t()]
   def in_order(tally), do: tally.shards |> Map.values() |> Enum.sort_by(& &1.id)
 
-  @doc "The rows of units that are done, in the order of the source."
-  @spec rows(t) :: [Report.row()]
-  def rows(tally) do
-    for shard <- in_order(tally), unit <- shard.units, row = tally.rows[unit.id], do: row
-  end
-
   @doc "The units that were put aside, in the order of the source."
   @spec quarantined(t) :: [Report.quarantined()]
   def quarantined(tally), do: tally.quarantined |> Enum.sort() |> Enum.map(&elem(&1, 1))
@@ -63,16 +55,20 @@ defmodule VivaTensor.Job.Tally do
   end
 
   @doc "A unit is done."
-  @spec done(t, Manifest.shard(), Unit.t(), Report.row()) :: t
-  def done(tally, id, unit, row) do
+  @spec done(t, Manifest.shard(), Report.row()) :: t
+  def done(tally, id, row) do
+    tally
+    |> count({1, row.input_bytes, row.output_bytes})
+    |> update(id, &Shard.unit_done(&1, row))
+  end
+
+  defp count(tally, {units, read, written}) do
     %{
       tally
-      | rows: Map.put(tally.rows, unit.id, row),
-        tensors_done: tally.tensors_done + 1,
-        bytes_done: tally.bytes_done + unit.input_bytes,
-        bytes_written: tally.bytes_written + row.output_bytes
+      | tensors_done: tally.tensors_done + units,
+        bytes_done: tally.bytes_done + read,
+        bytes_written: tally.bytes_written + written
     }
-    |> update(id, &Shard.unit_done/1)
   end
 
   @doc "A unit's weight has to be kept after all."
@@ -110,25 +106,14 @@ defmodule VivaTensor.Job.Tally do
 
     with {:ok, groups} <- Plan.shards(units, plan.file, max_shard_size) do
       shards = for {units, n} <- Enum.with_index(groups), do: Shard.new(shard.id ++ [n], units)
-      {again, rows} = Map.split(tally.rows, Enum.map(shard.units, & &1.id))
-      again = Map.values(again)
+      {units, read, written} = shard.done
       others = Map.delete(tally.shards, shard.id)
-
-      {:ok, shards,
-       %{
-         tally
-         | rows: rows,
-           tensors_done: tally.tensors_done - length(again),
-           bytes_done: tally.bytes_done - sum(again, :input_bytes),
-           bytes_written: tally.bytes_written - sum(again, :output_bytes),
-           shards: Map.merge(others, Map.new(shards, &{&1.id, &1}))
-       }}
+      tally = %{tally | shards: Map.merge(others, Map.new(shards, &{&1.id, &1}))}
+      {:ok, shards, count(tally, {-units, -read, -written})}
     end
   end
 
   @doc "Whether nothing is left to be done: every shard is written, or lacks a unit that was put aside."
   @spec settled?(t) :: boolean
   def settled?(tally), do: Enum.all?(tally.shards, fn {_id, shard} -> Shard.settled?(shard) end)
-
-  defp sum(rows, key), do: rows |> Enum.map(&Map.fetch!(&1, key)) |> Enum.sum()
 end

@@ -202,7 +202,7 @@ defmodule VivaTensor.Job.Vectors do
     }
 
     case {how, data.running[row.name]} do
-      {:written, step} when step != nil -> Events.unit_done(data, step, row)
+      {:written, step} when step != nil -> Events.unit_done(data, Step.ended(step), row)
       _ -> Events.notify(data, {:unit, row})
     end
 
