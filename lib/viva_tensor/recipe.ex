@@ -225,8 +225,9 @@ defmodule VivaTensor.Recipe do
     kept =
       for {%{shape: [_, _]} = entry, {:keep, _}} <- decided,
           weight?(entry.name),
-          not embedding?(entry.name),
-          do: module(entry.name)
+          {module, last} = module(entry.name),
+          not embedding?(last),
+          do: module
 
     Enum.uniq(kept ++ ["lm_head"])
   end
@@ -239,7 +240,8 @@ defmodule VivaTensor.Recipe do
   """
   @spec outer_modules([String.t()]) :: [String.t()]
   def outer_modules(names) do
-    for(name <- names, embedding?(name) or head?(name), do: module(name)) |> Enum.uniq()
+    modules = Enum.map(names, &module/1)
+    for({module, last} <- modules, embedding?(last) or head?(module), do: module) |> Enum.uniq()
   end
 
   @doc "A recipe as plain data, for `report.json`."
@@ -358,30 +360,30 @@ defmodule VivaTensor.Recipe do
     cond do
       0 in shape -> "no elements"
       length(shape) == 2 -> nil
-      norm?(entry.name) -> "norm"
+      entry.name |> module() |> elem(1) |> norm?() -> "norm"
       String.ends_with?(entry.name, "bias") -> "bias"
       true -> "#{length(shape)} dimensions"
     end
   end
 
   defp kept_by_rule(recipe, %{name: name, shape: [rows, columns]}, config) do
-    last = name |> module() |> last_component()
+    {module, last} = module(name)
     model_type = config["model_type"]
 
     cond do
       not weight?(name) ->
         "not a linear weight"
 
-      norm?(name) ->
+      norm?(last) ->
         "norm"
 
-      embedding?(name) ->
+      embedding?(last) ->
         "embedding"
 
-      head?(name) and config["tie_word_embeddings"] == true ->
+      head?(module) and config["tie_word_embeddings"] == true ->
         "output head, tied to the embedding"
 
-      head?(name) ->
+      head?(module) ->
         "output head"
 
       last in @routers ->
@@ -403,34 +405,27 @@ defmodule VivaTensor.Recipe do
 
   defp weight?(name), do: name == "weight" or String.ends_with?(name, ".weight")
 
-  defp embedding?(name) do
-    last = name |> module() |> last_component()
-    last in @embeddings or String.contains?(last, "embed")
-  end
+  defp embedding?(last), do: last in @embeddings or String.contains?(last, "embed")
 
   # "output" and "decoder" name inner layers too, so they count only where they
   # are the head: at the top of the original Llama files, and in BERT's `cls`.
-  defp head?(name) do
-    module = module(name)
-
+  defp head?(module) do
     module == "output" or String.ends_with?(module, "predictions.decoder") or
-      last_component(module) in @heads
+      List.last(String.split(module, ".")) in @heads
   end
 
-  defp norm?(name) do
-    last = name |> module() |> last_component() |> String.downcase()
+  defp norm?(last) do
+    last = String.downcase(last)
     String.contains?(last, "norm") or String.starts_with?(last, "ln")
   end
 
-  # "model.layers.0.mlp.up_proj.weight" -> "model.layers.0.mlp.up_proj"
+  # "model.layers.0.mlp.up_proj.weight" -> {"model.layers.0.mlp.up_proj", "up_proj"}
   defp module(name) do
-    case String.split(name, ".") do
-      [only] -> only
-      parts -> parts |> Enum.drop(-1) |> Enum.join(".")
+    case name |> String.split(".") |> Enum.reverse() do
+      [only] -> {only, only}
+      [_parameter, last | parts] -> {Enum.join(Enum.reverse([last | parts]), "."), last}
     end
   end
-
-  defp last_component(module), do: module |> String.split(".") |> List.last()
 
   defimpl Inspect do
     import Inspect.Algebra

@@ -3,7 +3,8 @@
  *
  *   BOUNDARY_UNDER   the directory; calls on other files do not count
  *   BOUNDARY_LOG     gets a line for each call
- *   BOUNDARY_KILL    the number of the call, from 1, before which the VM is killed
+ *   BOUNDARY_KILL    the number of the call, from 1, before which the VM is killed, or what
+ *                    it does: the first that does it
  *   BOUNDARY_SHADOW  gets what each synced file held, and which files each synced
  *                    directory held, under the number of the inode
  */
@@ -39,7 +40,7 @@ static void boundary(const char *what, const char *path) {
     if (write(fd, line, length) != length) abort();
     close(fd);
   }
-  if (last && atoi(last) == number) {
+  if (last && (atoi(last) == number || !strcmp(last, what))) {
     kill(getpid(), SIGKILL);
     for (;;) pause();
   }
@@ -100,6 +101,13 @@ int rename(const char *from, const char *to) {
       (int (*)(const char *, const char *))dlsym(RTLD_NEXT, "rename");
   if (is_below(to)) boundary("rename", to);
   return call(from, to);
+}
+
+int renameat2(int from_dir, const char *from, int to_dir, const char *to, unsigned flags) {
+  int (*call)(int, const char *, int, const char *, unsigned) =
+      (int (*)(int, const char *, int, const char *, unsigned))dlsym(RTLD_NEXT, "renameat2");
+  if (is_below(to)) boundary(flags & RENAME_EXCHANGE ? "exchange" : "rename", to);
+  return call(from_dir, from, to_dir, to, flags);
 }
 
 int unlink(const char *path) {

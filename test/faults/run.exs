@@ -6,7 +6,8 @@
 # - SIGKILL at seeded random moments across a job, as many as asked for, and half as many
 #   across one that compresses vectors,
 # - SIGKILL before every sync, rename and unlink of a job, once as it is and once with
-#   everything lost that was not synced, as a power cut does it; of both,
+#   everything lost that was not synced, as a power cut does it; of both, and of a job that
+#   replaces an output, which is there as it was until the new one is,
 # - bytes changed in what a killed VM had finished,
 # - a disk that is full and has room later,
 # - workers killed at random while a job runs,
@@ -130,9 +131,11 @@ try do
       library ->
         small = [format: :nf4, max_concurrency: 1, max_shard_size: "600KB"]
         tiny = Faults.scene!(Path.join(root, "tiny"), model, small)
+        whole = [format: :int8, force: true]
+        replacing = Faults.scene!(Path.join(root, "replacing"), model, whole)
 
         for {what, opts} <- [{"SIGKILL", []}, {"power cut", [power: :cut]}],
-            {scene, of} <- [{tiny, ""}, {streamed, ", vectors"}],
+            {scene, of} <- [{tiny, ""}, {replacing, ", replacing"}, {streamed, ", vectors"}],
             reduce: rows do
           rows ->
             runs = every_boundary.(scene, library, opts)

@@ -63,4 +63,13 @@ defmodule VivaTensor.Job.KillTest do
             do: Faults.killed_at(scene, library, number, power: :cut)
     end
   end
+
+  test "nor what was there before, until the new output is", %{dir: dir} do
+    scene = Faults.scene!(Path.join(dir, "scene"), @model, format: :int8, force: true)
+
+    with library when library != nil <- Faults.compile(dir) do
+      assert Faults.killed_at(scene, library, "exchange").killed
+      assert Faults.killed_at(scene, library, "exchange", power: :cut).killed
+    end
+  end
 end

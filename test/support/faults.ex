@@ -11,6 +11,7 @@ defmodule VivaTensor.Test.Faults do
   alias VivaTensor.Test.{Cluster, Jobs, Safetensors}
 
   @source "test/faults/boundaries.c"
+  @old "what was there before"
   @patience_ms 600_000
 
   @doc """
@@ -146,12 +147,11 @@ defmodule VivaTensor.Test.Faults do
   end
 
   @doc """
-  Kills a VM before its sync or rename of that number; with `power: :cut`, what was not
+  Kills a VM before its sync or rename of that number, or of that name; with `power: :cut`, what was not
   synced by then is lost.
   """
   def killed_at(scene, library, number, opts \\ []) do
-    shadow = Path.join(scene.dir, "shadow")
-    File.mkdir_p!(shadow)
+    shadow = shadow!(scene)
 
     env =
       preload(scene, library) ++
@@ -161,9 +161,35 @@ defmodule VivaTensor.Test.Faults do
     code = exit_status(port)
     if opts[:power] == :cut, do: drop_unsynced(scene.dir, shadow, [shadow])
     File.rm_rf!(shadow)
+    if scene.opts[:force], do: old_or_whole!(scene)
     go_on!(scene)
     clean!(scene)
     %{killed: code == 137}
+  end
+
+  # What is durable when the VM begins: the output that the job is to replace, if any.
+  defp shadow!(scene) do
+    shadow = Path.join(scene.dir, "shadow")
+    File.mkdir_p!(shadow)
+    if scene.opts[:force], do: old!(scene, shadow)
+    shadow
+  end
+
+  defp old!(scene, shadow) do
+    file = Path.join(scene.to, @old)
+    File.mkdir_p!(scene.to)
+    File.write!(file, @old)
+    [of_file, of_to, of_dir] = for path <- [file, scene.to, scene.dir], do: File.stat!(path).inode
+    File.write!(Path.join(shadow, "#{of_file}"), @old)
+    File.write!(Path.join(shadow, "#{of_to}"), "#{of_file} #{@old}\n")
+    File.write!(Path.join(shadow, "#{of_dir}"), "#{of_to} #{Path.basename(scene.to)}\n")
+  end
+
+  defp old_or_whole!(scene) do
+    there = scene.to |> Jobs.digests() |> Map.delete(".manifest")
+
+    if there not in [scene.digests, %{@old => :crypto.hash(:sha256, @old)}],
+      do: raise("neither the old output nor the whole new one: #{inspect(there)}")
   end
 
   @doc """

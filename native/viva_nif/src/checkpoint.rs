@@ -21,8 +21,11 @@ fn checkpoint_open<'a>(env: Env<'a>, path: String) -> Outcome<Term<'a>> {
     let entries: Vec<Term> = checkpoint
         .shards()
         .iter()
-        .flat_map(|shard| shard.entries().iter().map(move |e| (shard, e)))
-        .map(|(shard, e)| {
+        .flat_map(|shard| {
+            let file = text(shard.path()).encode(env);
+            shard.entries().iter().map(move |e| (file, e))
+        })
+        .map(|(file, e)| {
             terms::map(
                 env,
                 &[
@@ -30,7 +33,7 @@ fn checkpoint_open<'a>(env: Env<'a>, path: String) -> Outcome<Term<'a>> {
                     ("dtype", e.dtype.name().encode(env)),
                     ("shape", e.shape.encode(env)),
                     ("nbytes", e.nbytes().encode(env)),
-                    ("file", text(shard.path()).encode(env)),
+                    ("file", file),
                 ],
             )
         })
