@@ -7,6 +7,10 @@ defmodule VivaTensor.MixProject do
   # project and the oldest Rust that builds it.
   @workspace File.read!(Path.join(__DIR__, "Cargo.toml"))
 
+  # Nx, Axon and Bumblebee that were built without Mix: their ebin directories.
+  @nx_ebin "VIVA_TENSOR_NX_EBIN" |> System.get_env("") |> String.split(":", trim: true)
+  Enum.each(@nx_ebin, &Code.prepend_path/1)
+
   def project do
     [
       app: :viva_tensor,
@@ -18,6 +22,8 @@ defmodule VivaTensor.MixProject do
       test_ignore_filters: [&String.starts_with?(&1, ["test/oracle/", "test/faults/"])],
       compilers: [:viva_native | Mix.compilers()],
       viva_native: [crate: "viva_nif", rust_version: workspace("rust-version")],
+      # Mix would take them off again, as no dependency is there.
+      prune_code_paths: @nx_ebin == [],
       deps: deps(Code.ensure_loaded?(Hex)),
       description:
         "Compresses the weights of neural networks, supervised by OTP, computed in Rust",
@@ -40,7 +46,7 @@ defmodule VivaTensor.MixProject do
   # Mix neither asks for Hex nor for the network.
   defp deps(_hex? = true) do
     [
-      {:nx, "~> 0.7", optional: true},
+      {:nx, "~> 0.11", optional: true},
       {:telemetry, "~> 1.0", optional: true},
       {:ex_doc, "~> 0.30", only: :dev, runtime: false}
     ]
@@ -74,7 +80,7 @@ defmodule VivaTensor.MixProject do
       extras:
         ["README.md", "docs/formats.md" | Path.wildcard("docs/formats/*.md")] ++
           ["docs/methods.md", "docs/layouts.md", "docs/jobs.md", "docs/vectors.md"] ++
-          ["docs/gleam.md", "docs/erlang.md"] ++
+          ["docs/nx.md", "docs/gleam.md", "docs/erlang.md"] ++
           ["docs/kernels.md"] ++
           ["docs/adding-a-format.md"] ++
           ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"],

@@ -23,7 +23,7 @@ defmodule VivaTensor do
     * `VivaTensor.Vectors`: embedding vectors as codes, and searches in them.
   """
 
-  alias VivaTensor.{Calibration, Error, Native, Packed, Quantized, Tensor}
+  alias VivaTensor.{Calibration, Error, Native, Options, Packed, Quantized, Tensor}
 
   # Methods that look at activations.
   @calibrated Calibration.methods()
@@ -184,7 +184,7 @@ defmodule VivaTensor do
     else
       defaults = [method: :magnitude, scores: tensor]
 
-      case take(:sparsify, options, defaults) do
+      case Options.take(:sparsify, options, defaults) do
         {:ok, [:magnitude, %Tensor{ref: scores}]} ->
           ref |> Native.tensor_sparsify(scores) |> Tensor.wrap(:sparsify)
 
@@ -219,7 +219,7 @@ defmodule VivaTensor do
   @spec dequantize(Quantized.t(), dtype: Tensor.dtype()) ::
           {:ok, Tensor.t()} | {:error, Error.t()}
   def dequantize(%Quantized{ref: ref, dtype: dtype}, options \\ []) do
-    with {:ok, [dtype]} <- take(:dequantize, options, dtype: dtype) do
+    with {:ok, [dtype]} <- Options.take(:dequantize, options, dtype: dtype) do
       ref |> Native.dequantize(dtype) |> Tensor.wrap(:dequantize)
     end
   end
@@ -314,7 +314,7 @@ defmodule VivaTensor do
   defp matmul_options(x, options, compute) do
     defaults = [dtype: x.dtype, compute: compute, bias: nil, residual: nil]
 
-    with {:ok, [dtype, compute, bias, residual]} <- take(:matmul, options, defaults),
+    with {:ok, [dtype, compute, bias, residual]} <- Options.take(:matmul, options, defaults),
          {:ok, bias} <- added("bias", bias),
          {:ok, residual} <- added("residual", residual) do
       {:ok, compute, {dtype, bias, residual}}
@@ -358,7 +358,7 @@ defmodule VivaTensor do
   """
   @spec prepack(Quantized.t(), compute: :int8 | :auto) :: {:ok, Packed.t()} | {:error, Error.t()}
   def prepack(%Quantized{ref: ref}, options \\ []) do
-    with {:ok, [compute]} <- take(:prepack, options, compute: :int8),
+    with {:ok, [compute]} <- Options.take(:prepack, options, compute: :int8),
          :ok <- only_int8(:prepack, compute) do
       ref |> Native.prepack() |> Packed.wrap(:prepack)
     end
@@ -423,7 +423,7 @@ defmodule VivaTensor do
   @spec metrics(Tensor.t(), Quantized.t() | Tensor.t(), keyword) ::
           {:ok, metrics} | {:error, Error.t()}
   def metrics(%Tensor{ref: x} = tensor, other, options \\ []) do
-    with {:ok, [seen, layer]} <- take(:metrics, options, activations: nil, layer: nil),
+    with {:ok, [seen, layer]} <- Options.take(:metrics, options, activations: nil, layer: nil),
          {:ok, rows} <- rows(seen, layer),
          {:ok, metrics} <- x |> native_metrics(other) |> Error.wrap(:metrics),
          {:ok, error} <- tensor |> output_error(other, rows) |> Error.wrap(:metrics) do
@@ -531,21 +531,6 @@ defmodule VivaTensor do
           "method #{inspect(options[:method])} looks at them: give a tensor [tokens, k], " <>
             "or a VivaTensor.Calibration and layer: its name for this weight"
         )
-    end
-  end
-
-  # The values of the options that an operation takes, defaults filled in.
-  defp take(op, options, defaults) do
-    cond do
-      not Keyword.keyword?(options) ->
-        Error.option(op, "options", "expected a keyword list, got #{inspect(options)}")
-
-      unknown = Enum.find(Keyword.keys(options), &(not Keyword.has_key?(defaults, &1))) ->
-        known = Enum.map_join(defaults, ", ", fn {k, _} -> to_string(k) end)
-        Error.option(op, to_string(unknown), "no such option; it takes #{known}")
-
-      true ->
-        {:ok, Enum.map(defaults, fn {k, default} -> Keyword.get(options, k, default) end)}
     end
   end
 end

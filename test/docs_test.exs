@@ -11,7 +11,18 @@ defmodule VivaTensor.DocsTest do
   @weight "model.layers.0.mlp.up_proj.weight"
   @pages ["README.md" | Path.wildcard("docs/**/*.md")]
 
+  # What the examples of a page need that may not be here.
+  @needs %{"docs/nx.md" => [Nx]}
+
   for page <- @pages do
+    missing = Enum.reject(Map.get(@needs, page, []), &Code.ensure_loaded?/1)
+
+    if missing != [] do
+      reason = "no #{Enum.map_join(missing, ", ", &inspect/1)} here"
+      IO.puts(:stderr, "\nThe examples of #{page} DO NOT RUN: #{reason}\n")
+      @tag skip: reason
+    end
+
     test "the examples of #{page} run" do
       blocks = unquote(page) |> File.read!() |> examples()
       root = File.cwd!()

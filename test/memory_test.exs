@@ -17,4 +17,20 @@ defmodule MemoryTest do
     assert {:error, %Error{reason: {:released, _}}} = VivaTensor.dequantize(quantized)
     assert {:error, %Error{reason: {:released, _}}} = VivaTensor.quantize(tensor, :int8)
   end
+
+  test "a tensor over a binary becomes that binary, and a part of one that part" do
+    whole = :binary.copy(<<1.0::float-32-little>>, 16_000_000)
+    <<_::binary-size(8), part::binary-size(4_000_000), _::binary>> = whole
+    before = :erlang.memory(:binary)
+
+    for binary <- [whole, part] do
+      tensor = Tensor.from_binary!(binary, :f32, [div(byte_size(binary), 4)])
+      back = Tensor.to_binary!(tensor)
+      assert :binary.referenced_byte_size(back) == byte_size(whole)
+      :ok = Tensor.release(tensor)
+      assert back == binary
+    end
+
+    assert :erlang.memory(:binary) - before < byte_size(whole)
+  end
 end

@@ -222,6 +222,7 @@ fields(timeout) -> [milliseconds];
 fields(no_job) -> [reason];
 fields(another_node) -> [how];
 fields(no_queue) -> [];
+fields(missing_library) -> [library];
 fields(_Newer) -> unknown.
 
 detail(changes, #{changes := Changes}) ->

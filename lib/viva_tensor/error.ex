@@ -45,6 +45,7 @@ defmodule VivaTensor.Error do
   | `:no_job` | `reason` |
   | `:another_node` | `how` |
   | `:no_queue` | |
+  | `:missing_library` | `library` |
   """
 
   @type t :: %__MODULE__{op: atom, reason: {atom, map}, message: String.t()}

@@ -74,6 +74,7 @@ pub type Error {
   NoJob(op: String, message: String, reason: String)
   AnotherNode(op: String, message: String, how: String)
   NoQueue(op: String, message: String)
+  MissingLibrary(op: String, message: String, library: String)
   /// A kind that a newer viva_tensor has and this package does not know.
   Other(op: String, message: String, kind: String)
 }

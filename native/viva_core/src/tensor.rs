@@ -3,6 +3,7 @@
 //! Storage is either memory of ours, which is counted, or any shared bytes: a
 //! BEAM binary, a mapped file region. Nothing is copied on the way in.
 
+use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -195,8 +196,13 @@ impl Drop for Buffer {
     }
 }
 
-/// Bytes that several tensors may share, wherever they live.
-pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+/// What holds bytes, wherever they live.
+pub trait Storage: AsRef<[u8]> + Any + Send + Sync {}
+
+impl<T: AsRef<[u8]> + Any + Send + Sync> Storage for T {}
+
+/// Bytes that several tensors may share.
+pub type SharedBytes = Arc<dyn Storage>;
 
 /// A dense, row-major tensor. Cloning shares the bytes.
 #[derive(Clone)]
@@ -235,10 +241,7 @@ impl Tensor {
     ) -> Result<Tensor> {
         let expected = element_count(&shape)? * dtype.size();
         let actual = range.end.saturating_sub(range.start);
-        if range.start > range.end
-            || range.end > storage.as_ref().as_ref().len()
-            || actual != expected
-        {
+        if range.start > range.end || range.end > (*storage).as_ref().len() || actual != expected {
             return Err(Error::SizeMismatch {
                 what: format!("bytes of a {} tensor of shape {shape:?}", dtype.name()),
                 expected,
@@ -294,7 +297,13 @@ impl Tensor {
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &self.storage.as_ref().as_ref()[self.range.clone()]
+        &(*self.storage).as_ref()[self.range.clone()]
+    }
+
+    /// What holds the bytes, if it is a `T`, and where in it they are.
+    pub fn held_by<T: Storage>(&self) -> Option<(&T, Range<usize>)> {
+        let storage: &dyn Any = &*self.storage;
+        Some((storage.downcast_ref()?, self.range.clone()))
     }
 
     /// The same bytes under another shape of the same size.
@@ -426,6 +435,16 @@ mod tests {
     use half::bf16;
 
     use super::*;
+
+    #[test]
+    fn what_holds_the_bytes_is_found_by_its_type() {
+        let bytes = Arc::new(vec![7u8; 16]);
+        let tensor = Tensor::new(DType::U8, vec![2, 4], bytes, 4..12).unwrap();
+        let row = tensor.rows(1..2).unwrap();
+        let (held, range) = row.held_by::<Vec<u8>>().unwrap();
+        assert_eq!((held.len(), range), (16, 8..12));
+        assert!(tensor.held_by::<Buffer>().is_none());
+    }
 
     #[test]
     fn sizes_are_checked_and_overflow_is_an_error() {

@@ -1,6 +1,6 @@
 //! What terms refer to: resources that own or share native memory.
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use std::sync::{Arc, RwLock};
 
@@ -133,15 +133,15 @@ pub type ObservedRef = ResourceArc<ObservedResource>;
 pub type CalibrationRef = ResourceArc<CalibrationResource>;
 
 /// The bytes of a BEAM binary, kept alive by an environment of their own.
-struct BinaryBytes {
-    _env: OwnedEnv,
-    _term: SavedTerm,
+pub struct BinaryBytes {
+    env: OwnedEnv,
+    term: SavedTerm,
     data: *const u8,
     len: usize,
 }
 
 // SAFETY: the bytes are immutable and live as long as the environment, which
-// belongs to no process; the term itself is never touched again.
+// belongs to no process; the term is only read after that, by as many threads as like.
 unsafe impl Send for BinaryBytes {}
 unsafe impl Sync for BinaryBytes {}
 
@@ -153,6 +153,23 @@ impl AsRef<[u8]> for BinaryBytes {
     }
 }
 
+impl BinaryBytes {
+    /// The bytes of a range as a binary of `env`, without a copy.
+    pub fn part<'a>(&self, env: Env<'a>, range: Range<usize>) -> Result<Binary<'a>, Error> {
+        let whole = self.env.run(|inner| self.term.load(inner).in_env(env));
+        Binary::from_term(whole)
+            .and_then(|whole| whole.make_subbinary(range.start, range.len()))
+            .map_err(|_| not_a_binary())
+    }
+}
+
+fn not_a_binary() -> Error {
+    Error::InvalidOption {
+        option: "binary".into(),
+        message: "expected a binary".into(),
+    }
+}
+
 /// Shares a binary's bytes without a copy.
 pub fn share_binary(binary: Binary) -> Result<SharedBytes, Error> {
     let env = OwnedEnv::new();
@@ -161,13 +178,10 @@ pub fn share_binary(binary: Binary) -> Result<SharedBytes, Error> {
         let binary = Binary::from_term(term.load(inner))?;
         Ok::<_, rustler::Error>((binary.as_ptr(), binary.len()))
     });
-    let (data, len) = slice.map_err(|_| Error::InvalidOption {
-        option: "binary".into(),
-        message: "expected a binary".into(),
-    })?;
+    let (data, len) = slice.map_err(|_| not_a_binary())?;
     Ok(Arc::new(BinaryBytes {
-        _env: env,
-        _term: term,
+        env,
+        term,
         data,
         len,
     }))

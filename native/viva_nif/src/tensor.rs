@@ -6,7 +6,7 @@ use viva_core::ops::{Cancel, cast, metrics, output_error, sparsity};
 use viva_core::tensor::{Buffer, DType, Tensor, element_count, narrow, widen};
 
 use crate::error::Outcome;
-use crate::resource::{TensorRef, share_binary, tensor_from_binary};
+use crate::resource::{BinaryBytes, TensorRef, share_binary, tensor_from_binary};
 use crate::terms::{self, Name};
 
 #[rustler::nif]
@@ -151,9 +151,13 @@ fn element_to_term<'a>(env: Env<'a>, dtype: DType, bytes: &[u8]) -> Term<'a> {
     }
 }
 
+/// The binary that a tensor lies in, or a copy where it lies in none.
 #[rustler::nif(schedule = "DirtyCpu")]
 fn tensor_to_binary<'a>(env: Env<'a>, tensor: TensorRef) -> Outcome<Binary<'a>> {
     let tensor = tensor.0.get()?;
+    if let Some((binary, range)) = tensor.held_by::<BinaryBytes>() {
+        return Ok(binary.part(env, range)?);
+    }
     let mut out = rustler::OwnedBinary::new(tensor.bytes().len());
     out.as_mut_slice().copy_from_slice(tensor.bytes());
     Ok(out.release(env))
