@@ -46,7 +46,7 @@ defmodule VivaTensor.MixProject do
   # Mix neither asks for Hex nor for the network.
   defp deps(_hex? = true) do
     [
-      {:nx, "~> 0.11", optional: true},
+      {:nx, "~> 0.7", optional: true},
       {:telemetry, "~> 1.0", optional: true},
       {:ex_doc, "~> 0.30", only: :dev, runtime: false}
     ]

@@ -24,12 +24,17 @@ defmodule VivaTensor.Nx.Containers do
       def deserialize([], dump), do: VivaTensor.Quantized.load!(dump)
     end
 
-    defimpl Nx.LazyContainer, for: VivaTensor.Tensor do
-      def traverse(tensor, acc, fun) do
-        {:ok, type} = VivaTensor.Nx.Type.type(:to_nx, tensor.dtype)
-        template = Nx.template(List.to_tuple(tensor.shape), type)
-        fun.(template, fn -> VivaTensor.Nx.to_nx!(tensor) end, acc)
+    defimpl Nx.LazyContainer, for: [VivaTensor.Tensor, VivaTensor.Bumblebee.Weight] do
+      alias VivaTensor.Bumblebee.Weight
+
+      def traverse(%{dtype: dtype, shape: shape} = lazy, acc, fun) do
+        type = VivaTensor.Error.bang!(VivaTensor.Nx.Type.type(:to_nx, dtype))
+        template = Nx.template(List.to_tuple(shape), type)
+        fun.(template, fn -> lazy |> dense() |> VivaTensor.Nx.to_nx!() end, acc)
       end
+
+      defp dense(%VivaTensor.Tensor{} = tensor), do: tensor
+      defp dense(%Weight{} = weight), do: Weight.read!(weight)
     end
   end
 end

@@ -51,6 +51,9 @@ defmodule VivaTensor.Nx.Type do
     end
   end
 
+  @doc "The dtype of that name, if Nx has a type for it."
+  def named(name), do: Enum.find([:bool | Keyword.keys(@types)], &(to_string(&1) == name))
+
   @doc "The dtype of the option `type:`, which names a type as Nx's own functions take them."
   def option(_op, nil, default), do: {:ok, default}
 
