@@ -163,7 +163,7 @@ defmodule CompareTest do
     assert {2, "", stderr} = task([@model, "--formats", "nf5"])
     assert stderr =~ "did you mean nf4?"
     assert {2, "", stderr} = task([@model, "--methods", "gptqq"])
-    assert stderr =~ "no method gptqq"
+    assert stderr =~ "not gptqq; did you mean gptq?"
     assert {2, "", stderr} = task([@model, "--methods", "gptq", "--formats", "int4"])
     assert stderr =~ "activations"
     assert {2, "", stderr} = task([@model, "--tensor", "model.layers.1.mlp.up_prog.weight"])

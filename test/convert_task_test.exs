@@ -40,7 +40,7 @@ defmodule VivaTensor.ConvertTaskTest do
       assert {2, "", stderr} = task([@model, "--to", to, "--layout", "plane"])
       assert stderr =~ "did you mean plain?"
       assert {2, "", stderr} = task([@model, "--to", to, "--layout", "plain", "--dtype", "int8"])
-      assert stderr =~ "expected f32, f16 or bf16"
+      assert stderr =~ "--dtype is f32, f16 or bf16"
       assert {2, "", stderr} = task([@model, "--to", to, "--format", "nf4"])
       assert stderr =~ "unknown flag --format"
       assert {3, "", _} = task(["no/such", "--to", to, "--layout", "plain"])

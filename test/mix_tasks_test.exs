@@ -171,7 +171,8 @@ defmodule VivaTensor.MixTasksTest do
             {[@model, "--to", to, "--format", "nf4", "--method", "best"], "method"},
             {[@model, "--to", to, "--format", "nf4", "--block-size", "63"], "block_size"},
             {[@model, "--to", to, "--format", "nf4", "--memory-limit", "much"], "memory_limit"},
-            {[@model, "--to", to, "--format", "nf4", "--non-finite", "drop"], "non_finite"},
+            {[@model, "--to", to, "--format", "nf4", "--non-finite", "drop"],
+             "--non-finite is error or keep"},
             {[@model, "--to", to, "--format", "nf4", "--include", "("], "include"}
           ] do
         assert {2, "", stderr} = task(Quantize, argv)

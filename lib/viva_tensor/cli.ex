@@ -1,7 +1,10 @@
 defmodule VivaTensor.CLI do
   @moduledoc """
   What the command line tools have in common: strict flags with a hint for a
-  misspelled one, errors on standard error, and exit codes.
+  misspelled one, `--help`, errors on standard error, and exit codes.
+
+  The work behind a task is a module with this behaviour: `parse/1` reads everything about
+  the flags that needs no running application, `run/1` does what they ask for.
 
   | code | meaning |
   |---|---|
@@ -13,9 +16,36 @@ defmodule VivaTensor.CLI do
   | 130 | cancelled |
   """
 
+  alias VivaTensor.CLI.Style
   alias VivaTensor.Error
 
   @type exit_code :: 0..255
+  @type command :: term
+
+  @callback switches() :: keyword
+  @callback parse([String.t()]) :: {:ok, command} | :help | {:error, String.t()}
+  @callback run(command) :: exit_code
+
+  @doc "A Mix task: starts the application if the flags make sense, and exits with the code."
+  @spec main(String.t(), module, [String.t()]) :: :ok
+  def main(task, work, argv) do
+    code =
+      case work.parse(argv) do
+        {:ok, command} ->
+          Mix.Task.run("app.start")
+          work.run(command)
+
+        :help ->
+          if Style.no_color?(), do: Application.put_env(:mix, :colors, enabled: false)
+          Mix.Task.rerun("help", [task])
+          0
+
+        {:error, message} ->
+          usage_error(task, message)
+      end
+
+    if code == 0, do: :ok, else: exit({:shutdown, code})
+  end
 
   @doc """
   Reads `argv`. Flags outside `switches` are errors, not arguments.
@@ -50,7 +80,38 @@ defmodule VivaTensor.CLI do
     end
   end
 
-  defp flag(key), do: "--" <> (key |> to_string() |> String.replace("_", "-"))
+  @doc """
+  A switch as it is written.
+
+      iex> VivaTensor.CLI.flag(:block_size)
+      "--block-size"
+  """
+  @spec flag(atom) :: String.t()
+  def flag(key), do: "--" <> (key |> to_string() |> String.replace("_", "-"))
+
+  @doc """
+  Checks flags whose values are among a few.
+
+      iex> VivaTensor.CLI.values([codes: "int8"], codes: ~w(int8 int4 binary))
+      {:ok, [codes: "int8"]}
+      iex> VivaTensor.CLI.values([codes: "bianry"], codes: ~w(int8 int4 binary))
+      {:error, "--codes is int8, int4 or binary, not bianry; did you mean binary?"}
+  """
+  @spec values(keyword, [{atom, [String.t()]}]) :: {:ok, keyword} | {:error, String.t()}
+  def values(flags, known) do
+    wrong =
+      for {key, value} <- flags, names = known[key], value not in names, do: {key, value, names}
+
+    case wrong do
+      [] ->
+        {:ok, flags}
+
+      [{key, value, names} | _] ->
+        {but, [last]} = Enum.split(names, -1)
+        choice = "#{Enum.join(but, ", ")} or #{last}"
+        {:error, "#{flag(key)} is #{choice}, not #{value}#{suggestion(value, names)}"}
+    end
+  end
 
   @doc """
   A hint to the most similar of `known`, if one is similar.
@@ -68,10 +129,29 @@ defmodule VivaTensor.CLI do
     end
   end
 
+  @doc """
+  The usage error of a subcommand that is none of `known`.
+
+      iex> VivaTensor.CLI.unknown_subcommand("lst", ["list", "report"])
+      "no subcommand \\"lst\\"; did you mean list?"
+      iex> VivaTensor.CLI.unknown_subcommand("stop", ["list", "report"])
+      "no subcommand \\"stop\\"; there are list, report"
+  """
+  @spec unknown_subcommand(String.t(), [String.t()]) :: String.t()
+  def unknown_subcommand(name, known) do
+    hint =
+      case suggestion(name, known) do
+        "" -> "; there are #{Enum.join(known, ", ")}"
+        suggestion -> suggestion
+      end
+
+    "no subcommand #{inspect(name)}#{hint}"
+  end
+
   @doc "Prints a usage error and returns its exit code."
   @spec usage_error(String.t(), String.t()) :: exit_code
   def usage_error(task, message) do
-    IO.puts(:stderr, "#{task}: #{message}\nmix help #{task} shows all flags.")
+    say(task, "#{message}\nmix help #{task} shows all flags.")
     2
   end
 
@@ -79,8 +159,16 @@ defmodule VivaTensor.CLI do
   @spec failure(String.t(), Error.t(), keyword) :: exit_code
   def failure(task, %Error{} = error, opts \\ []) do
     if opts[:json], do: IO.puts(json(%{error: error_map(error)}))
-    IO.puts(:stderr, "#{task}: #{error.message}#{hint(error)}")
+    say(task, error.message <> hint(error))
     exit_code(error)
+  end
+
+  @doc "What a task has to say to a person, on standard error."
+  @spec say(String.t(), String.t()) :: :ok
+  def say(task, message) do
+    hint = ~r/did you mean [^?]+\?/
+    message = Regex.replace(hint, message, &Style.paint(&1, :hint, :stderr))
+    IO.puts(:stderr, "#{Style.paint(task <> ":", :bad, :stderr)} #{message}")
   end
 
   @doc "Pretty JSON of plain data."

@@ -41,6 +41,12 @@ defmodule Mix.Tasks.Viva.Bench do
     * `--repeats N` - how often each is asked; the table has the medians. 5
     * `--threads N` - for every program. 1
 
+  ## Examples
+
+      mix viva.bench quality
+      mix viva.bench ops --json
+      mix viva.bench peers --venv ~/peers --rows 'nf4' --repeats 2
+
   ## Exit codes
 
     * 0 - measured, and of `quality`: every bar is reached
@@ -53,21 +59,5 @@ defmodule Mix.Tasks.Viva.Bench do
   alias VivaTensor.CLI
 
   @impl Mix.Task
-  def run(argv) do
-    code =
-      case CLI.Bench.parse(argv) do
-        {:ok, command} ->
-          Mix.Task.run("app.start")
-          CLI.Bench.run(command)
-
-        :help ->
-          Mix.Task.rerun("help", ["viva.bench"])
-          0
-
-        {:error, message} ->
-          CLI.usage_error("viva.bench", message)
-      end
-
-    if code != 0, do: exit({:shutdown, code})
-  end
+  def run(argv), do: CLI.main("viva.bench", CLI.Bench, argv)
 end

@@ -52,21 +52,5 @@ defmodule Mix.Tasks.Viva.Compare do
   alias VivaTensor.CLI
 
   @impl Mix.Task
-  def run(argv) do
-    code =
-      case CLI.Compare.parse(argv) do
-        {:ok, flags} ->
-          Mix.Task.run("app.start")
-          CLI.Compare.run(flags)
-
-        :help ->
-          Mix.Task.rerun("help", ["viva.compare"])
-          0
-
-        {:error, message} ->
-          CLI.usage_error("viva.compare", message)
-      end
-
-    if code != 0, do: exit({:shutdown, code})
-  end
+  def run(argv), do: CLI.main("viva.compare", CLI.Compare, argv)
 end

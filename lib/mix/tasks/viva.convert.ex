@@ -54,21 +54,5 @@ defmodule Mix.Tasks.Viva.Convert do
   alias VivaTensor.CLI
 
   @impl Mix.Task
-  def run(argv) do
-    code =
-      case CLI.Convert.parse(argv) do
-        {:ok, flags} ->
-          Mix.Task.run("app.start")
-          CLI.Convert.run(flags)
-
-        :help ->
-          Mix.Task.rerun("help", ["viva.convert"])
-          0
-
-        {:error, message} ->
-          CLI.usage_error("viva.convert", message)
-      end
-
-    if code != 0, do: exit({:shutdown, code})
-  end
+  def run(argv), do: CLI.main("viva.convert", CLI.Convert, argv)
 end

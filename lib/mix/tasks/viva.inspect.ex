@@ -10,6 +10,10 @@ defmodule Mix.Tasks.Viva.Inspect do
   Face model directory. The parts of a quantized weight are shown as the one tensor
   that they stand for, with its format, its layout and the bits it takes per weight.
 
+  ## Flags
+
+    * `--json` - print the tensors and totals as JSON
+
   ## Examples
 
       mix viva.inspect examples/models/viva-tiny
@@ -27,21 +31,5 @@ defmodule Mix.Tasks.Viva.Inspect do
   alias VivaTensor.CLI
 
   @impl Mix.Task
-  def run(argv) do
-    code =
-      case CLI.Inspect.parse(argv) do
-        {:ok, flags} ->
-          Mix.Task.run("app.start")
-          CLI.Inspect.run(flags)
-
-        :help ->
-          Mix.Task.rerun("help", ["viva.inspect"])
-          0
-
-        {:error, message} ->
-          CLI.usage_error("viva.inspect", message)
-      end
-
-    if code != 0, do: exit({:shutdown, code})
-  end
+  def run(argv), do: CLI.main("viva.inspect", CLI.Inspect, argv)
 end

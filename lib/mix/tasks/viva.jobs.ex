@@ -19,11 +19,18 @@ defmodule Mix.Tasks.Viva.Jobs do
 
   ## Flags
 
-    * `--json` - of list and report: print JSON
+    * `--json` - print JSON: what is unfinished, the report, which job was stopped
     * `--memory-limit 512MB`, `--threads N`, `--nodes a@h,b@h` - of resume: other ones
       than before
     * `--non-finite keep` - of resume: keep weights with NaN that were put aside
     * `--statistics FILE` - of resume, where they were in memory
+
+  ## Examples
+
+      mix viva.jobs list ~/models
+      mix viva.jobs follow ~/models/llama-nf4
+      mix viva.jobs resume ~/models/llama-nf4 --memory-limit 2GB
+      mix viva.jobs report ~/models/llama-nf4 --json
 
   ## Exit codes
 
@@ -35,21 +42,5 @@ defmodule Mix.Tasks.Viva.Jobs do
   alias VivaTensor.CLI
 
   @impl Mix.Task
-  def run(argv) do
-    code =
-      case CLI.Jobs.parse(argv) do
-        {:ok, command} ->
-          Mix.Task.run("app.start")
-          CLI.Jobs.run(command)
-
-        :help ->
-          Mix.Task.rerun("help", ["viva.jobs"])
-          0
-
-        {:error, message} ->
-          CLI.usage_error("viva.jobs", message)
-      end
-
-    if code != 0, do: exit({:shutdown, code})
-  end
+  def run(argv), do: CLI.main("viva.jobs", CLI.Jobs, argv)
 end

@@ -9,8 +9,15 @@ defmodule Mix.Tasks.Viva.Plan do
   MODEL is a checkpoint or its directory (headers alone are read), a `config.json` of the
   Llama family, or one of `llama-7b`, `llama-13b`, `llama-30b`, `llama-70b`. Weights are
   counted as a job would write them, scales and kept tensors included; the cache of keys
-  and values in 16 bits. `--vram` is another name for `--budget`. Several MODELs share
-  a table of totals.
+  and values in 16 bits. Several MODELs share a table of totals.
+
+  ## Flags
+
+    * `--budget 24GB` - what there is; the table says what fits. `--vram` is another name
+      for it
+    * `--context 4096` - positions in the cache
+    * `--batch 1` - sequences in the cache
+    * `--json` - print the estimates as JSON
 
   ## Examples
 
@@ -31,21 +38,5 @@ defmodule Mix.Tasks.Viva.Plan do
   alias VivaTensor.CLI
 
   @impl Mix.Task
-  def run(argv) do
-    code =
-      case CLI.Plan.parse(argv) do
-        {:ok, flags} ->
-          Mix.Task.run("app.start")
-          CLI.Plan.run(flags)
-
-        :help ->
-          Mix.Task.rerun("help", ["viva.plan"])
-          0
-
-        {:error, message} ->
-          CLI.usage_error("viva.plan", message)
-      end
-
-    if code != 0, do: exit({:shutdown, code})
-  end
+  def run(argv), do: CLI.main("viva.plan", CLI.Plan, argv)
 end

@@ -36,7 +36,7 @@ defmodule Mix.Tasks.Viva.Quantize do
     * `--block-size N` - elements that share a scale
     * `--double-quant`, `--no-double-quant` - quantize the scales of nf4 and fp4
     * `--values source|f32|f16|bf16|int8|fp8_e4m3` - what sparse24 keeps its weights as
-    * `--layout bitsandbytes|awq|compressed-tensors|gptq|gptq_v2|mlx|gguf` - how it is
+    * `--layout bitsandbytes|awq|compressed-tensors|gptq|gptq-v2|mlx|gguf` - how it is
       spelled on disk; each format has its usual one
     * `--include RE` - also quantize tensors whose name matches; may be repeated
     * `--exclude RE` - keep tensors whose name matches; may be repeated
@@ -64,7 +64,6 @@ defmodule Mix.Tasks.Viva.Quantize do
       mix viva.quantize ~/models/llama --to llama-24 --format sparse24 --values fp8_e4m3
       mix viva.quantize ~/models/llama --to llama-gguf --format q4_k --layout gguf
       mix viva.quantize ~/models/llama --to llama-awq --format int4 --method mse --memory-limit 2GB
-
       mix viva.quantize /shared/llama --to /shared/llama-nf4 --format nf4 --nodes w@one,w@two
 
   Progress goes to standard error and the report to standard output. SIGTERM and
@@ -89,21 +88,5 @@ defmodule Mix.Tasks.Viva.Quantize do
   alias VivaTensor.CLI
 
   @impl Mix.Task
-  def run(argv) do
-    code =
-      case CLI.Quantize.parse(argv) do
-        {:ok, flags} ->
-          Mix.Task.run("app.start")
-          CLI.Quantize.run(flags)
-
-        :help ->
-          Mix.Task.rerun("help", ["viva.quantize"])
-          0
-
-        {:error, message} ->
-          CLI.usage_error("viva.quantize", message)
-      end
-
-    if code != 0, do: exit({:shutdown, code})
-  end
+  def run(argv), do: CLI.main("viva.quantize", CLI.Quantize, argv)
 end

@@ -4,7 +4,7 @@ defmodule Mix.Tasks.Viva.Report do
   @moduledoc """
   Draws what a job did, or how formats compare, as one page of HTML.
 
-      mix viva.report PATH [--to FILE.html] [--force]
+      mix viva.report PATH [--to FILE.html] [--force] [--json]
 
   PATH is a directory that a job wrote, its `report.json`, or a file with what
   `mix viva.compare --json` printed. The page needs nothing else: it can be
@@ -15,6 +15,7 @@ defmodule Mix.Tasks.Viva.Report do
 
     * `--to FILE.html` - where to write; if not given, beside the JSON
     * `--force` - replace FILE.html if it exists
+    * `--json` - print the page's path and size as JSON
 
   ## Examples
 
@@ -35,21 +36,5 @@ defmodule Mix.Tasks.Viva.Report do
   alias VivaTensor.CLI
 
   @impl Mix.Task
-  def run(argv) do
-    code =
-      case CLI.Report.parse(argv) do
-        {:ok, flags} ->
-          Mix.Task.run("app.start")
-          CLI.Report.run(flags)
-
-        :help ->
-          Mix.Task.rerun("help", ["viva.report"])
-          0
-
-        {:error, message} ->
-          CLI.usage_error("viva.report", message)
-      end
-
-    if code != 0, do: exit({:shutdown, code})
-  end
+  def run(argv), do: CLI.main("viva.report", CLI.Report, argv)
 end

@@ -57,21 +57,5 @@ defmodule Mix.Tasks.Viva.Vectors do
   alias VivaTensor.CLI
 
   @impl Mix.Task
-  def run(argv) do
-    code =
-      case CLI.Vectors.parse(argv) do
-        {:ok, flags} ->
-          Mix.Task.run("app.start")
-          CLI.Vectors.run(flags)
-
-        :help ->
-          Mix.Task.rerun("help", ["viva.vectors"])
-          0
-
-        {:error, message} ->
-          CLI.usage_error("viva.vectors", message)
-      end
-
-    if code != 0, do: exit({:shutdown, code})
-  end
+  def run(argv), do: CLI.main("viva.vectors", CLI.Vectors, argv)
 end

@@ -5,14 +5,19 @@ defmodule VivaTensor.CLI.Bench do
 
   alias VivaTensor.CLI
 
+  @behaviour CLI
+
   # Each with the flags that it takes besides --json.
   @subcommands %{
     "quality" => {CLI.Quality, []},
     "ops" => {CLI.Ops, []},
     "peers" => {CLI.Peers, venv: :string, rows: :string, repeats: :integer, threads: :integer}
   }
-  @names @subcommands |> Map.keys() |> Enum.sort() |> Enum.join(", ")
+  @names @subcommands |> Map.keys() |> Enum.sort()
   @switches for {_, {_, switches}} <- @subcommands, switch <- switches, do: switch
+
+  @impl CLI
+  def switches, do: [json: :boolean] ++ @switches
 
   @doc """
   Reads the subcommand and its flags.
@@ -24,12 +29,13 @@ defmodule VivaTensor.CLI.Bench do
       iex> VivaTensor.CLI.Bench.parse(["ops", "--venv", "somewhere"])
       {:error, "ops takes no --venv"}
   """
+  @impl CLI
   @spec parse([String.t()]) :: {:ok, {String.t(), keyword}} | :help | {:error, String.t()}
   def parse(argv) do
-    case CLI.parse(argv, [json: :boolean] ++ @switches) do
+    case CLI.parse(argv, switches()) do
       {:ok, flags, [name]} when is_map_key(@subcommands, name) -> check(name, flags)
-      {:ok, _flags, []} -> {:error, "which subcommand? There are #{@names}"}
-      {:ok, _flags, [name]} -> {:error, "no subcommand #{inspect(name)}#{hint(name)}"}
+      {:ok, _flags, []} -> {:error, "which subcommand? There are #{Enum.join(@names, ", ")}"}
+      {:ok, _flags, [name]} -> {:error, CLI.unknown_subcommand(name, @names)}
       {:ok, _flags, [_, extra | _]} -> {:error, "what is #{inspect(extra)}?"}
       other -> other
     end
@@ -40,18 +46,12 @@ defmodule VivaTensor.CLI.Bench do
 
     case Keyword.drop(flags, [:json | Keyword.keys(switches)]) do
       [] -> {:ok, {name, flags}}
-      [{other, _} | _] -> {:error, "#{name} takes no --#{other}"}
-    end
-  end
-
-  defp hint(name) do
-    case CLI.suggestion(name, Map.keys(@subcommands)) do
-      "" -> "; there are #{@names}"
-      suggestion -> suggestion
+      [{other, _} | _] -> {:error, "#{name} takes no #{CLI.flag(other)}"}
     end
   end
 
   @doc "Runs a subcommand. The application must be started."
+  @impl CLI
   @spec run({String.t(), keyword}) :: CLI.exit_code()
   def run({name, flags}) do
     {module, _} = Map.fetch!(@subcommands, name)

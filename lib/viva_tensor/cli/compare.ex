@@ -3,9 +3,11 @@ defmodule VivaTensor.CLI.Compare do
   The work behind `mix viva.compare`: formats and methods in a table, as JSON, in a plot.
   """
 
-  alias VivaTensor.{CLI, Compare, Table}
-  alias VivaTensor.CLI.Progress
+  alias VivaTensor.{Calibration, CLI, Compare}
+  alias VivaTensor.CLI.{Progress, Style}
   alias VivaTensor.Job.FileError
+
+  @behaviour CLI
 
   @task "viva.compare"
   @switches [
@@ -22,17 +24,25 @@ defmodule VivaTensor.CLI.Compare do
   # Names in a list past which the rest are only counted.
   @named 3
 
+  @methods ~w(rtn mse hqq) ++ Enum.map(Calibration.methods(), &to_string/1)
+
+  @impl CLI
+  def switches, do: @switches
+
   @doc """
   Reads the flags.
 
       iex> VivaTensor.CLI.Compare.parse(["model", "--formats", "int4,nf4", "--scales", "mse"])
       {:ok, [source: "model", formats: [:int4, :nf4], scales: :mse]}
   """
+  @impl CLI
   @spec parse([String.t()]) :: {:ok, keyword} | :help | {:error, String.t()}
   def parse(argv) do
     case CLI.parse(argv, @switches) do
       {:ok, flags, [source]} ->
-        {:ok, [source: source] ++ Enum.map(flags, &names/1)}
+        with {:ok, _} <- CLI.values(flags, scales: ~w(rtn mse)),
+             {:ok, _} <- CLI.values(each(flags, :methods), methods: @methods),
+             do: {:ok, [source: source] ++ Enum.map(flags, &names/1)}
 
       {:ok, _flags, []} ->
         {:error, "which WEIGHTS?"}
@@ -45,14 +55,20 @@ defmodule VivaTensor.CLI.Compare do
     end
   end
 
-  defp names({key, list}) when key in [:formats, :methods] do
-    {key, list |> String.split([",", " "], trim: true) |> Enum.map(&String.to_atom/1)}
+  defp each(flags, key) do
+    for list <- Keyword.get_values(flags, key), name <- split(list), do: {key, name}
   end
+
+  defp names({key, list}) when key in [:formats, :methods],
+    do: {key, list |> split() |> Enum.map(&String.to_atom/1)}
 
   defp names({:scales, name}), do: {:scales, String.to_atom(name)}
   defp names(flag), do: flag
 
+  defp split(list), do: String.split(list, [",", " "], trim: true)
+
   @doc "Compares and prints. The application must be started."
+  @impl CLI
   @spec run(keyword) :: CLI.exit_code()
   def run(flags) do
     {own, options} = Keyword.split(flags, [:source, :json, :svg])
@@ -98,12 +114,12 @@ defmodule VivaTensor.CLI.Compare do
           if(partial?, do: [row.tensors], else: []) ++
           [decimals(row.bits_per_weight, 3), decimals(row.sqnr_db, 2)] ++
           if(compared.measured_on, do: [decimals(row.output_error, 5)], else: []) ++
-          [decimals(row.seconds, 2), if(row.front, do: "*")]
+          [decimals(row.seconds, 2), if(row.front, do: Style.paint("*", :good))]
       end
 
     [
       "#{compared.source}: #{Compare.about(compared)}\n\n",
-      Table.text(columns, rows),
+      Style.table(columns, rows),
       "\n* no other has fewer bits and less error\n",
       if(compared.measured_on, do: measured_on(compared, count), else: []),
       left_out(compared.left_out),

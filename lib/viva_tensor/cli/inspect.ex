@@ -3,14 +3,22 @@ defmodule VivaTensor.CLI.Inspect do
   The work behind `mix viva.inspect`: what a checkpoint holds.
   """
 
-  alias VivaTensor.{CLI, Error, Native, Size, Table}
+  alias VivaTensor.{CLI, Error, Native, Size}
+  alias VivaTensor.CLI.Style
+
+  @behaviour CLI
 
   @task "viva.inspect"
+  @switches [json: :boolean]
+
+  @impl CLI
+  def switches, do: @switches
 
   @doc "Reads the flags."
+  @impl CLI
   @spec parse([String.t()]) :: {:ok, keyword} | :help | {:error, String.t()}
   def parse(argv) do
-    case CLI.parse(argv, json: :boolean) do
+    case CLI.parse(argv, @switches) do
       {:ok, flags, [path]} -> {:ok, [path: path] ++ flags}
       {:ok, _flags, []} -> {:error, "which PATH?"}
       {:ok, _flags, [_, extra | _]} -> {:error, "one PATH at a time; what is #{inspect(extra)}?"}
@@ -19,6 +27,7 @@ defmodule VivaTensor.CLI.Inspect do
   end
 
   @doc "Prints the contents of a checkpoint. The application must be started."
+  @impl CLI
   @spec run(keyword) :: CLI.exit_code()
   def run(flags) do
     path = Keyword.fetch!(flags, :path)
@@ -50,7 +59,7 @@ defmodule VivaTensor.CLI.Inspect do
 
   defp to_text(path, checkpoint, rows) do
     [
-      Table.text(
+      Style.table(
         [
           {"tensor", :left},
           {"format", :left},
@@ -71,7 +80,7 @@ defmodule VivaTensor.CLI.Inspect do
         end
       ),
       "\n",
-      Table.text(
+      Style.table(
         [
           {"format", :left},
           {"layout", :left},

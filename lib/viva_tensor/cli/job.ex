@@ -23,13 +23,14 @@ defmodule VivaTensor.CLI.Job do
     json: :boolean
   ]
 
-  @doc """
-  Reads the flags of a task, its own and those that every job takes, with the
-  SOURCE that they are about.
-  """
+  @doc "The switches of a task, its own and those that every job takes."
+  @spec switches(keyword) :: keyword
+  def switches(own), do: own ++ @switches
+
+  @doc "Reads the flags of a task, with the SOURCE that they are about."
   @spec parse([String.t()], keyword) :: {:ok, keyword} | :help | {:error, String.t()}
-  def parse(argv, own) do
-    case CLI.parse(argv, own ++ @switches) do
+  def parse(argv, switches) do
+    case CLI.parse(argv, switches) do
       {:ok, flags, [source]} ->
         required([source: source] ++ flags)
 
@@ -177,12 +178,12 @@ defmodule VivaTensor.CLI.Job do
     print(report, flags)
 
     for %{name: name, reason: reason} <- report.quarantined do
-      IO.puts(:stderr, "#{task}: #{name}: #{reason}")
+      CLI.say(task, "#{name}: #{reason}")
     end
 
-    IO.puts(
-      :stderr,
-      "#{task}: nothing was published; what is done is kept, and --resume tries the rest " <>
+    CLI.say(
+      task,
+      "nothing was published; what is done is kept, and --resume tries the rest " <>
         "again (--non-finite keep leaves weights with NaN as they are)"
     )
 

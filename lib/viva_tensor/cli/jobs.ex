@@ -3,9 +3,11 @@ defmodule VivaTensor.CLI.Jobs do
   The work behind `mix viva.jobs`: jobs of this machine, as the disk tells of them.
   """
 
-  alias VivaTensor.{CLI, Error, Job, Native, Size, Table}
-  alias VivaTensor.CLI.Progress
+  alias VivaTensor.{CLI, Error, Job, Native, Size}
+  alias VivaTensor.CLI.{Progress, Style}
   alias VivaTensor.Job.{FileError, Unfinished}
+
+  @behaviour CLI
 
   @task "viva.jobs"
   @tick_ms 200
@@ -27,7 +29,10 @@ defmodule VivaTensor.CLI.Jobs do
     "resume" => [:memory_limit, :threads, :nodes, :non_finite, :statistics],
     "report" => []
   }
-  @names "list, follow, cancel, resume and report"
+  @names ~w(list follow cancel resume report)
+
+  @impl CLI
+  def switches, do: @switches
 
   @doc """
   Reads the subcommand, what it is about and its flags.
@@ -39,15 +44,16 @@ defmodule VivaTensor.CLI.Jobs do
       iex> VivaTensor.CLI.Jobs.parse(["report"])
       {:error, "report of which DIR?"}
       iex> VivaTensor.CLI.Jobs.parse(["stop", "out"])
-      {:error, "no subcommand \\"stop\\"; there are list, follow, cancel, resume and report"}
+      {:error, "no subcommand \\"stop\\"; there are list, follow, cancel, resume, report"}
   """
+  @impl CLI
   @spec parse([String.t()]) ::
           {:ok, {String.t(), Path.t(), keyword}} | :help | {:error, String.t()}
   def parse(argv) do
     case CLI.parse(argv, @switches) do
-      {:ok, _flags, []} -> {:error, "which subcommand? There are #{@names}"}
+      {:ok, _flags, []} -> {:error, "which subcommand? There are #{Enum.join(@names, ", ")}"}
       {:ok, flags, [name | rest]} when is_map_key(@subcommands, name) -> check(name, rest, flags)
-      {:ok, _flags, [name | _]} -> {:error, "no subcommand #{inspect(name)}; there are #{@names}"}
+      {:ok, _flags, [name | _]} -> {:error, CLI.unknown_subcommand(name, @names)}
       other -> other
     end
   end
@@ -55,7 +61,7 @@ defmodule VivaTensor.CLI.Jobs do
   defp check(name, rest, flags) do
     case {flags |> Keyword.drop([:json | @subcommands[name]]) |> Keyword.keys(), name, rest} do
       {[flag | _], _, _} ->
-        {:error, "#{name} takes no --#{flag |> to_string() |> String.replace("_", "-")}"}
+        {:error, "#{name} takes no #{CLI.flag(flag)}"}
 
       {[], "list", []} ->
         {:ok, {name, ".", flags}}
@@ -72,6 +78,7 @@ defmodule VivaTensor.CLI.Jobs do
   end
 
   @doc "Runs a subcommand. The application must be started."
+  @impl CLI
   @spec run({String.t(), Path.t(), keyword}) :: CLI.exit_code()
   def run({"list", directory, flags}) do
     found = Unfinished.list(directory)
@@ -99,7 +106,11 @@ defmodule VivaTensor.CLI.Jobs do
          request = Unfinished.cancel_request(unfinished.directory),
          :ok <- request |> File.write("") |> FileError.wrap(:output, request) do
       wait(unfinished)
-      IO.puts("#{to}: stopped; mix viva.jobs resume #{to} goes on")
+
+      if flags[:json],
+        do: IO.puts(CLI.json(%{stopped: to})),
+        else: IO.puts("#{to}: stopped; mix viva.jobs resume #{to} goes on")
+
       0
     else
       {:error, error} -> CLI.failure(@task, error, flags)
@@ -186,7 +197,7 @@ defmodule VivaTensor.CLI.Jobs do
       {"source", :left}
     ]
 
-    Table.text(
+    Style.table(
       columns,
       for u <- found do
         [

@@ -4,8 +4,8 @@ defmodule VivaTensor.CLI.Ops do
   take from Elixir, format by format.
   """
 
-  alias VivaTensor.{CLI, Packed, Quantized, Table, Tensor}
-  alias VivaTensor.CLI.Quality
+  alias VivaTensor.{CLI, Packed, Quantized, Tensor}
+  alias VivaTensor.CLI.{Quality, Style}
 
   @shape [4096, 4096]
   # What each figure is measured for at least.
@@ -153,7 +153,7 @@ defmodule VivaTensor.CLI.Ops do
       "#{Enum.join(shape, " x ")} through the NIF, #{cpu.isa}, threads: #{cpu.threads}\n",
       "GB/s of f32 for quantize and dequantize; x * transposed w for m rows of x, in f32,\n",
       "and in int8 with packed weights: GB/s of weights for one, GOP/s for more\n\n",
-      Table.text(columns, rows)
+      Style.table(columns, rows)
     ]
   end
 

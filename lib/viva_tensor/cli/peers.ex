@@ -14,7 +14,7 @@ defmodule VivaTensor.CLI.Peers do
   def run(flags, python \\ System.find_executable("python3"))
 
   def run(_flags, nil) do
-    IO.puts(:stderr, "viva.bench: python3 is not there; install it, with its module venv")
+    CLI.say("viva.bench", "python3 is not there; install it, with its module venv")
     1
   end
 
@@ -24,7 +24,7 @@ defmodule VivaTensor.CLI.Peers do
       {_, status} = System.cmd(python, arguments, into: IO.binstream(:stdio, :line))
       min(status, 1)
     else
-      IO.puts(:stderr, "viva.bench: #{@script} is not there: the package goes without it")
+      CLI.say("viva.bench", "#{@script} is not there: the package goes without it")
       1
     end
   end

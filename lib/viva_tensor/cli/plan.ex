@@ -3,10 +3,16 @@ defmodule VivaTensor.CLI.Plan do
   The work behind `mix viva.plan`: what a model takes in each format, and what fits.
   """
 
-  alias VivaTensor.{CLI, Plan, Size, Table}
+  alias VivaTensor.{CLI, Error, Plan, Size}
+  alias VivaTensor.CLI.Style
+
+  @behaviour CLI
 
   @task "viva.plan"
   @switches [budget: :string, vram: :string, context: :integer, batch: :integer, json: :boolean]
+
+  @impl CLI
+  def switches, do: @switches
 
   @doc """
   Reads the flags.
@@ -14,6 +20,7 @@ defmodule VivaTensor.CLI.Plan do
       iex> VivaTensor.CLI.Plan.parse(["llama-7b", "--vram", "24GB"])
       {:ok, [models: ["llama-7b"], budget: "24GB"]}
   """
+  @impl CLI
   @spec parse([String.t()]) :: {:ok, keyword} | :help | {:error, String.t()}
   def parse(argv) do
     case CLI.parse(argv, @switches) do
@@ -27,6 +34,7 @@ defmodule VivaTensor.CLI.Plan do
   defp key(key), do: key
 
   @doc "Prints the estimates. The application must be started."
+  @impl CLI
   @spec run(keyword) :: CLI.exit_code()
   def run(flags) do
     {[models: models], options} = Keyword.split(flags, [:models])
@@ -47,10 +55,17 @@ defmodule VivaTensor.CLI.Plan do
     Enum.reduce_while(models, {:ok, []}, fn model, {:ok, plans} ->
       case Plan.estimate(model, options) do
         {:ok, plan} -> {:cont, {:ok, plans ++ [plan]}}
-        error -> {:halt, error}
+        {:error, error} -> {:halt, {:error, or_known(error, model)}}
       end
     end)
   end
+
+  # What is no path may be a name that was meant otherwise.
+  defp or_known(%Error{reason: {:io, %{code: "enoent"}}} = error, model) do
+    %{error | message: error.message <> CLI.suggestion(model, Plan.models())}
+  end
+
+  defp or_known(error, _model), do: error
 
   defp to_data([plan]), do: Map.from_struct(plan)
   defp to_data(plans), do: Enum.map(plans, &Map.from_struct/1)
@@ -71,7 +86,7 @@ defmodule VivaTensor.CLI.Plan do
       "keys and values of #{plan.context} positions",
       if(plan.batch > 1, do: " x #{plan.batch}", else: ""),
       ": #{Size.format(plan.cache_bytes)}\n\n",
-      Table.text(columns ++ fits, for(row <- plan.rows, do: cells(row, plan.budget)))
+      Style.table(columns ++ fits, for(row <- plan.rows, do: cells(row, plan.budget)))
     ]
   end
 
@@ -84,7 +99,7 @@ defmodule VivaTensor.CLI.Plan do
       if(plan.batch > 1, do: " x #{plan.batch}", else: ""),
       if(plan.budget, do: "; * fits in #{Size.format(plan.budget)}", else: ""),
       "\n\n",
-      Table.text(
+      Style.table(
         columns,
         for rows <- plans |> Enum.map(& &1.rows) |> Enum.zip_with(& &1) do
           [name(rows) | Enum.map(rows, &total/1)]
@@ -115,6 +130,8 @@ defmodule VivaTensor.CLI.Plan do
     ] ++ if(budget, do: [verdict(row)], else: [])
   end
 
-  defp verdict(%{fits: true, spare_bytes: spare}), do: "fits, #{Size.format(spare)} to spare"
-  defp verdict(%{spare_bytes: spare}), do: "#{Size.format(-spare)} too much"
+  defp verdict(%{fits: true, spare_bytes: spare}),
+    do: Style.paint("fits, #{Size.format(spare)} to spare", :good)
+
+  defp verdict(%{spare_bytes: spare}), do: Style.paint("#{Size.format(-spare)} too much", :bad)
 end

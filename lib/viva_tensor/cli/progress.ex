@@ -4,6 +4,7 @@ defmodule VivaTensor.CLI.Progress do
   terminal, and elsewhere a plain line for each tenth of the way.
   """
 
+  alias VivaTensor.CLI.Style
   alias VivaTensor.Size
 
   @bar 24
@@ -25,9 +26,9 @@ defmodule VivaTensor.CLI.Progress do
 
   @type t :: %__MODULE__{terminal?: boolean, tenth: 0..10}
 
-  @doc "Elixir allows ANSI sequences only where its output is a terminal."
+  @doc "A bar where standard error is a terminal."
   @spec new() :: t
-  def new, do: %__MODULE__{terminal?: IO.ANSI.enabled?()}
+  def new, do: %__MODULE__{terminal?: Style.terminal?(:stderr)}
 
   @doc "Shows a status."
   @spec show(t, shown) :: t

@@ -4,7 +4,8 @@ defmodule VivaTensor.CLI.Quality do
   the bar that it must reach and what its reference program makes of the same.
   """
 
-  alias VivaTensor.{CLI, Native, Quantized, Table, Tensor}
+  alias VivaTensor.{CLI, Native, Quantized, Tensor}
+  alias VivaTensor.CLI.Style
 
   @bars "bench/quality_bars.json"
   @references "bench/results/reference_quality.json"
@@ -196,7 +197,7 @@ defmodule VivaTensor.CLI.Quality do
       {"", :left}
     ]
 
-    Table.text(
+    Style.table(
       columns,
       for row <- rows do
         [
@@ -225,7 +226,7 @@ defmodule VivaTensor.CLI.Quality do
       {"", :left}
     ]
 
-    Table.text(
+    Style.table(
       columns,
       for row <- rows do
         [
@@ -248,9 +249,9 @@ defmodule VivaTensor.CLI.Quality do
     end)
   end
 
-  defp verdict(%{met: false}), do: "MISSED"
-  defp verdict(%{note: nil}), do: "ok"
-  defp verdict(%{note: note}), do: "ok: #{note}"
+  defp verdict(%{met: false}), do: Style.paint("MISSED", :bad)
+  defp verdict(%{note: nil}), do: Style.paint("ok", :good)
+  defp verdict(%{note: note}), do: "#{Style.paint("ok", :good)}: #{note}"
 
   defp sha256(draws), do: :crypto.hash(:sha256, draws) |> Base.encode16(case: :lower)
 

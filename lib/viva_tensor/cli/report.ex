@@ -6,7 +6,13 @@ defmodule VivaTensor.CLI.Report do
   alias VivaTensor.{CLI, Error, Native, Page, Size}
   alias VivaTensor.Job.{FileError, ReportFiles, Unfinished}
 
+  @behaviour CLI
+
   @task "viva.report"
+  @switches [to: :string, force: :boolean, json: :boolean]
+
+  @impl CLI
+  def switches, do: @switches
 
   @doc """
   Reads the flags.
@@ -14,9 +20,10 @@ defmodule VivaTensor.CLI.Report do
       iex> VivaTensor.CLI.Report.parse(["out", "--to", "out.html"])
       {:ok, [path: "out", to: "out.html"]}
   """
+  @impl CLI
   @spec parse([String.t()]) :: {:ok, keyword} | :help | {:error, String.t()}
   def parse(argv) do
-    case CLI.parse(argv, to: :string, force: :boolean) do
+    case CLI.parse(argv, @switches) do
       {:ok, flags, [path]} -> {:ok, [path: path] ++ flags}
       {:ok, _flags, []} -> {:error, "which PATH?"}
       {:ok, _flags, [_, extra | _]} -> {:error, "one PATH at a time; what is #{inspect(extra)}?"}
@@ -25,6 +32,7 @@ defmodule VivaTensor.CLI.Report do
   end
 
   @doc "Writes the page. The application must be started."
+  @impl CLI
   @spec run(keyword) :: CLI.exit_code()
   def run(flags) do
     path = file(flags[:path])
@@ -35,10 +43,15 @@ defmodule VivaTensor.CLI.Report do
          {:ok, page} <- Page.render(data),
          :ok <- absent(to, flags[:force]),
          :ok <- write(to, page) do
-      IO.puts("#{to}: #{page |> IO.iodata_length() |> Size.format()}")
+      bytes = IO.iodata_length(page)
+
+      if flags[:json],
+        do: IO.puts(CLI.json(%{page: to, bytes: bytes})),
+        else: IO.puts("#{to}: #{Size.format(bytes)}")
+
       0
     else
-      {:error, error} -> CLI.failure(@task, error)
+      {:error, error} -> CLI.failure(@task, error, flags)
     end
   end
 

@@ -5,6 +5,8 @@ defmodule VivaTensor.CLI.Vectors do
 
   alias VivaTensor.CLI
 
+  @behaviour CLI
+
   @task "viva.vectors"
 
   @switches [
@@ -20,7 +22,8 @@ defmodule VivaTensor.CLI.Vectors do
   @values [codes: ~w(int8 int4 binary), rescore: ~w(f16 int8 none), metric: ~w(cosine dot)]
 
   # What other jobs take means nothing here.
-  @others [max_shard_size: "--max-shard-size", nodes: "--nodes"]
+  @impl CLI
+  def switches, do: @switches |> CLI.Job.switches() |> Keyword.drop([:max_shard_size, :nodes])
 
   @doc """
   Reads the flags: everything about them that needs no running application.
@@ -28,33 +31,19 @@ defmodule VivaTensor.CLI.Vectors do
       iex> VivaTensor.CLI.Vectors.parse(["a.npy", "--to", "out", "--codes", "bianry"])
       {:error, "--codes is int8, int4 or binary, not bianry; did you mean binary?"}
   """
+  @impl CLI
   @spec parse([String.t()]) :: {:ok, keyword} | :help | {:error, String.t()}
   def parse(argv) do
-    with {:ok, flags} <- CLI.Job.parse(argv, @switches), do: check(flags)
-  end
-
-  defp check(flags) do
-    wrong = for {key, known} <- @values, value = flags[key], value not in known, do: {key, value}
-    other = Enum.find(@others, fn {key, _} -> Keyword.has_key?(flags, key) end)
-
-    case {wrong, other} do
-      {[{key, value} | _], _} ->
-        known = @values[key]
-        {but, [last]} = Enum.split(known, -1)
-        choice = "#{Enum.join(but, ", ")} or #{last}"
-        {:error, "--#{key} is #{choice}, not #{value}#{CLI.suggestion(value, known)}"}
-
-      {[], {_key, flag}} ->
-        {:error, "unknown flag #{flag}"}
-
-      {[], nil} ->
-        if flags[:codes],
-          do: {:ok, flags},
-          else: {:error, "--codes is missing, for example --codes int8"}
+    with {:ok, flags} <- CLI.Job.parse(argv, switches()),
+         {:ok, flags} <- CLI.values(flags, @values) do
+      if flags[:codes],
+        do: {:ok, flags},
+        else: {:error, "--codes is missing, for example --codes int8"}
     end
   end
 
   @doc "Runs the job that the flags ask for. The application must be started."
+  @impl CLI
   @spec run(keyword) :: CLI.exit_code()
   def run(flags) do
     {source, options} = Keyword.pop!(flags, :source)

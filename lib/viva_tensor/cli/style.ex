@@ -1,0 +1,57 @@
+defmodule VivaTensor.CLI.Style do
+  @moduledoc """
+  Colours, for a person who looks at a terminal: there are none in pipes and files, and
+  none anywhere with `NO_COLOR` set (https://no-color.org).
+  """
+
+  alias VivaTensor.Table
+
+  @codes [title: :bright, good: :green, bad: :red, hint: :cyan]
+
+  @type style :: :title | :good | :bad | :hint
+  @type device :: :stdio | :stderr
+
+  @doc """
+  Text in a style, for what is written to a device.
+
+      iex> VivaTensor.CLI.Style.paint("fits", :good, :stdio, true)
+      "\\e[32mfits\\e[0m"
+      iex> VivaTensor.CLI.Style.paint("fits", :good, :stdio, false)
+      "fits"
+  """
+  @spec paint(String.t(), style, device, boolean) :: String.t()
+  def paint(text, style, device \\ :stdio, colours? \\ nil)
+  def paint("", _style, _device, _colours?), do: ""
+  def paint(text, style, device, nil), do: paint(text, style, device, colours?(device))
+  def paint(text, _style, _device, false), do: text
+
+  def paint(text, style, _device, true) do
+    IO.ANSI.format_fragment([@codes[style], text, :reset], true) |> IO.iodata_to_binary()
+  end
+
+  @doc "A table for standard output, its titles in their style."
+  @spec table([Table.column()], [[term]]) :: iodata
+  def table(columns, rows) do
+    [[titles, newline] | rows] = Table.text(columns, rows)
+    [paint(titles, :title), newline | rows]
+  end
+
+  @doc "Whether what is written to a device may have colours."
+  @spec colours?(device) :: boolean
+  def colours?(device), do: terminal?(device) and not no_color?()
+
+  @doc "Whether the user asked for no colours."
+  @spec no_color?() :: boolean
+  def no_color?, do: System.get_env("NO_COLOR") not in [nil, ""]
+
+  @doc "Whether a device is a terminal that understands ANSI sequences."
+  @spec terminal?(device) :: boolean
+  def terminal?(:stdio), do: IO.ANSI.enabled?()
+
+  # What Elixir allows is up to standard output alone on Erlang/OTP 26 and later, which
+  # can tell, and before that up to both.
+  def terminal?(:stderr) do
+    told? = Code.ensure_loaded?(:prim_tty) and function_exported?(:prim_tty, :isatty, 1)
+    IO.ANSI.enabled?() and (not told? or apply(:prim_tty, :isatty, [:stderr]) == true)
+  end
+end
