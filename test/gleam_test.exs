@@ -183,6 +183,8 @@ defmodule VivaTensor.GleamTest do
 
     test "it is formatted, has no warnings, and its tests pass on plain Erlang", %{dir: dir} do
       package = Path.join(dir, @package)
+      [_, example] = Regex.run(~r/^```gleam\n(.*?)^```$/ms, File.read!("#{package}/README.md"))
+      File.write!("#{package}/test/readme_example.gleam", example)
       assert {"", 0} = gleam(package, ~w(format --check src test))
       assert {_, 0} = gleam(package, ~w(build --warnings-as-errors))
 

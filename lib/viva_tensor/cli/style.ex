@@ -12,22 +12,23 @@ defmodule VivaTensor.CLI.Style do
   @type device :: :stdio | :stderr
 
   @doc """
-  Text in a style, for what is written to a device.
+  Text in a style, where what it is for may have colours.
 
-      iex> VivaTensor.CLI.Style.paint("fits", :good, :stdio, true)
+      iex> VivaTensor.CLI.Style.paint("fits", :good, true)
       "\\e[32mfits\\e[0m"
-      iex> VivaTensor.CLI.Style.paint("fits", :good, :stdio, false)
+      iex> VivaTensor.CLI.Style.paint("fits", :good, false)
       "fits"
   """
-  @spec paint(String.t(), style, device, boolean) :: String.t()
-  def paint(text, style, device \\ :stdio, colours? \\ nil)
-  def paint("", _style, _device, _colours?), do: ""
-  def paint(text, style, device, nil), do: paint(text, style, device, colours?(device))
-  def paint(text, _style, _device, false), do: text
+  @spec paint(String.t(), style, device | boolean) :: String.t()
+  def paint(text, style, where \\ :stdio)
+  def paint("", _style, _where), do: ""
+  def paint(text, _style, false), do: text
 
-  def paint(text, style, _device, true) do
+  def paint(text, style, true) do
     IO.ANSI.format_fragment([@codes[style], text, :reset], true) |> IO.iodata_to_binary()
   end
+
+  def paint(text, style, device), do: paint(text, style, colours?(device))
 
   @doc "A table for standard output, its titles in their style."
   @spec table([Table.column()], [[term]]) :: iodata
