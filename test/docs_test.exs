@@ -12,7 +12,7 @@ defmodule VivaTensor.DocsTest do
   @pages ["README.md" | Path.wildcard("docs/**/*.md")]
 
   # What the examples of a page need that may not be here.
-  @needs %{"docs/nx.md" => [Nx]}
+  @needs %{"docs/nx.md" => [Nx, Axon]}
 
   for page <- @pages do
     missing = Enum.reject(Map.get(@needs, page, []), &Code.ensure_loaded?/1)

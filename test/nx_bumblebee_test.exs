@@ -53,7 +53,7 @@ if Code.ensure_loaded?(Nx) do
       before = VivaTensor.memory_info().native_bytes
       read = Bumblebee.safetensors_reader(path, type: :bf16)
       for {_, weight} <- read, do: Nx.to_tensor(weight)
-      assert VivaTensor.memory_info().native_bytes == before
+      assert VivaTensor.memory_info().native_bytes <= before
       assert {:bf, 16} = Nx.type(read[@weight])
       assert inspect(read[@weight]) =~ "up_proj.weight bf16["
 
@@ -82,42 +82,66 @@ if Code.ensure_loaded?(Nx) do
           do: assert(Nx.to_tensor(weight) == Nx.to_tensor(hd(parts)[name]))
     end
 
-    unless Code.ensure_loaded?(:"Elixir.Bumblebee") do
-      reason = "no Bumblebee here: VIVA_TENSOR_NX_EBIN names its directory and those it needs"
-      IO.puts(:stderr, "\nBumblebee itself DOES NOT RUN in #{inspect(__MODULE__)}: #{reason}\n")
-      @tag skip: reason
-    end
+    describe "Bumblebee" do
+      unless Code.ensure_loaded?(:"Elixir.Bumblebee") do
+        @reason "no Bumblebee here: VIVA_TENSOR_NX_EBIN names its directory and those it needs"
+        IO.puts(
+          :stderr,
+          "\nBumblebee itself DOES NOT RUN in #{inspect(__MODULE__)}: #{@reason}\n"
+        )
 
-    test "Bumblebee loads a quantized checkpoint as one that was dequantized" do
-      model = Path.join(Directory.create!(), "viva-tiny")
-      File.cp_r!(@model, model)
-      dir = quantize!(format: :nf4, layout: :bitsandbytes)
-      plain = Path.join(Directory.create!(), "plain")
-      {:ok, job} = Job.start(source: dir, to: plain, convert: :plain, dtype: :f32)
-      {:ok, _} = Job.await(job)
-
-      for {quantized, dense} <- [{dir, plain}, {model, model}] do
-        ours = load!(quantized, safetensors_reader: &Bumblebee.safetensors_reader/1)
-        assert ours == load!(dense, [])
-
-        # It is the checkpoint's and not what a model begins with.
-        kernel = dense |> read!(@weight) |> Nx.transpose()
-        assert Enum.any?(ours.data, fn {_layer, parameters} -> parameters["kernel"] == kernel end)
+        @describetag skip: @reason
       end
-    end
 
-    defp read!(dir, name) do
-      tensor = dir |> Checkpoint.open!() |> Checkpoint.get!(name)
-      tensor |> Tensor.cast!(:f32) |> VivaTensor.Nx.to_nx!()
-    end
+      test "loads a quantized checkpoint as one that was dequantized" do
+        model = Path.join(Directory.create!(), "viva-tiny")
+        File.cp_r!(@model, model)
+        dir = quantize!(format: :nf4, layout: :bitsandbytes)
+        plain = Path.join(Directory.create!(), "plain")
+        {:ok, job} = Job.start(source: dir, to: plain, convert: :plain, dtype: :f32)
+        {:ok, _} = Job.await(job)
 
-    # The parameters of a model, which has no token to pad with, as Bumblebee wants one.
-    defp load!(dir, options) do
-      config = Path.join(dir, "config.json")
-      text = config |> File.read!() |> String.replace(~r/("pad_token_id"): null/, "\\1: 0")
-      File.write!(config, text)
-      {:ok, loaded} = apply(:"Elixir.Bumblebee", :load_model, [{:local, dir}, options])
-      loaded.params
+        for {quantized, dense} <- [{dir, plain}, {model, model}] do
+          ours = load!(quantized, safetensors_reader: &Bumblebee.safetensors_reader/1).params
+          assert ours == load!(dense, []).params
+
+          # It is the checkpoint's and not what a model begins with.
+          kernel = dense |> read!(@weight) |> Nx.transpose()
+
+          assert Enum.any?(ours.data, fn {_layer, parameters} ->
+                   parameters["kernel"] == kernel
+                 end)
+        end
+      end
+
+      test "runs a model with quantized layers" do
+        model = Path.join(Directory.create!(), "viva-tiny")
+        File.cp_r!(@model, model)
+        %{model: model, params: state} = load!(model, [])
+        {quantized, rest} = VivaTensor.Axon.quantize_model!(model, state, :int8)
+        inputs = %{"input_ids" => Nx.tensor([[1, 17, 42, 99, 5, 300]])}
+        expected = apply(Axon, :predict, [model, state, inputs]).logits
+        logits = apply(Axon, :predict, [quantized, rest, inputs]).logits
+        assert Nx.shape(logits) == Nx.shape(expected)
+        error = Nx.divide(norm(Nx.subtract(logits, expected)), norm(expected))
+        assert Nx.to_number(error) < 0.05
+      end
+
+      defp norm(t), do: t |> Nx.pow(2) |> Nx.sum() |> Nx.sqrt()
+
+      defp read!(dir, name) do
+        tensor = dir |> Checkpoint.open!() |> Checkpoint.get!(name)
+        tensor |> Tensor.cast!(:f32) |> VivaTensor.Nx.to_nx!()
+      end
+
+      # A model, which has no token to pad with, as Bumblebee wants one.
+      defp load!(dir, options) do
+        config = Path.join(dir, "config.json")
+        text = config |> File.read!() |> String.replace(~r/("pad_token_id"): null/, "\\1: 0")
+        File.write!(config, text)
+        {:ok, loaded} = apply(:"Elixir.Bumblebee", :load_model, [{:local, dir}, options])
+        loaded
+      end
     end
   end
 else
