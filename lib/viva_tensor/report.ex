@@ -46,7 +46,9 @@ defmodule VivaTensor.Report do
   the same values, and `changed` how many have not.
 
   `worker`, `began`, `ended`, `attempt` and `verified` are the span of the unit in the time
-  line of the job, see `VivaTensor.Job.Span`.
+  line of the job, see `VivaTensor.Job.Span`. Of a huge tensor, which units do a range of
+  rows at a time, `ranges` are the spans of these, each with its `rows`: the first one, and
+  the one after its last.
   """
   @type row :: %{
           required(:name) => String.t(),
@@ -74,7 +76,8 @@ defmodule VivaTensor.Report do
           optional(:began) => float,
           optional(:ended) => float,
           optional(:attempt) => pos_integer,
-          optional(:verified) => boolean
+          optional(:verified) => boolean,
+          optional(:ranges) => [map]
         }
 
   @typedoc "A tensor that was put aside, and why the last attempt failed."
@@ -188,12 +191,15 @@ defmodule VivaTensor.Report do
   end
 
   defp row_from_map(map) do
-    row = keys(map)
+    row = map |> keys() |> ranges_from_map()
 
     for key <- [:action, :format, :from], value = row[key], reduce: row do
       row -> Map.put(row, key, String.to_existing_atom(value))
     end
   end
+
+  defp ranges_from_map(%{ranges: ranges} = row), do: %{row | ranges: Enum.map(ranges, &keys/1)}
+  defp ranges_from_map(row), do: row
 
   defp keys(map), do: Map.new(map, fn {key, value} -> {String.to_existing_atom(key), value} end)
 

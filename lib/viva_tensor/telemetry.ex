@@ -11,7 +11,7 @@ defmodule VivaTensor.Telemetry do
   | `[:viva_tensor, :job, :start]` | `system_time` | `job`, `source`, `to`, `format` (`nil` for a conversion, the codes of vectors), `layout` |
   | `[:viva_tensor, :job, :stop]` | `duration`, `input_bytes`, `output_bytes` | as above, and `quarantined`, a count |
   | `[:viva_tensor, :job, :exception]` | `duration` | as above, and `error` |
-  | `[:viva_tensor, :unit, :start]` | `system_time` | `job`, `name`, `action`, `attempt` |
+  | `[:viva_tensor, :unit, :start]` | `system_time` | `job`, `name`, `rows` (`{first, after_last}` of a huge tensor), `action`, `attempt` |
   | `[:viva_tensor, :unit, :stop]` | `duration`, `input_bytes`, `output_bytes` | as above |
   | `[:viva_tensor, :unit, :exception]` | `duration` (0 when the worker died or was too slow) | as above, and `error` or `crash` |
   | `[:viva_tensor, :unit, :quarantine]` | `attempts` | `job`, `name`, `reason`, `attempts` |

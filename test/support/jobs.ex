@@ -91,7 +91,8 @@ defmodule VivaTensor.Test.Jobs do
 
   @doc "The rows of a report without the times and workers of its job."
   def figures(report) do
-    for row <- report.tensors, do: Map.drop(row, [:worker, :began, :ended, :attempt, :verified])
+    for row <- report.tensors,
+        do: Map.drop(row, [:worker, :began, :ended, :attempt, :verified, :ranges])
   end
 
   @doc "The target and nothing beside it: no temporary output is left."

@@ -101,7 +101,7 @@ defmodule VivaTensor.Job.Events do
   @doc "What events say of a unit of a job."
   @spec unit(Step.t(), Unit.t(), pid) :: map
   def unit(step, unit, job \\ self()) do
-    %{job: job, name: unit.name, action: unit.action, attempt: step.attempt}
+    %{job: job, name: unit.name, rows: unit.rows, action: unit.action, attempt: step.attempt}
   end
 
   defp job(options) do

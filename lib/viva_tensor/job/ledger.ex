@@ -41,7 +41,10 @@ defmodule VivaTensor.Job.Ledger do
     %{add(ledger, record) | shards: Map.put(ledger.shards, ref, true)}
   end
 
+  # Its ranges are recorded, or about to be.
+  defp bytes({:unit, _shard, _name, %{row: %{ranges: _}}}), do: 0
   defp bytes({:unit, _shard, _name, %{row: row}}), do: row.input_bytes
+  defp bytes({:rows, _shard, _name, _rows, part}), do: part.stats.input_bytes
   defp bytes(_record), do: 0
 
   @doc "Whether everything that was added is recorded."

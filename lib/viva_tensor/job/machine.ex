@@ -30,10 +30,10 @@ defmodule VivaTensor.Job.Machine do
 
   @behaviour :gen_statem
 
-  alias VivaTensor.{Error, Native, Report}
-  alias VivaTensor.Job.{Admission, Events, Failure, Identity, Ledger, Members, Observation}
-  alias VivaTensor.Job.{Outputs, Placement, Publication, Resumption, Shard, Span, Status}
-  alias VivaTensor.Job.{Step, Tally, Worker}
+  alias VivaTensor.{Error, Native}
+  alias VivaTensor.Job.{Admission, Events, Failure, Finished, Identity, Ledger, Members}
+  alias VivaTensor.Job.{Observation, Outputs, Placement, Publication, Ranges, Resumption}
+  alias VivaTensor.Job.{Shard, Status, Step, Tally, Unit, Worker}
 
   @attempts 3
   @backoff_ms 50
@@ -58,6 +58,7 @@ defmodule VivaTensor.Job.Machine do
     queue: [],
     requested: %{},
     running: %{},
+    ranges: %{},
     largest: 0,
     searches: 0,
     notes: %{},
@@ -144,11 +145,7 @@ defmodule VivaTensor.Job.Machine do
   def handle_event(:info, {ref, result}, state, data) when is_map_key(data.running, ref) do
     Process.demonitor(ref, [:flush])
     {step, data} = returned(ref, data)
-
-    case {step, Worker.accept(step, result, data.tally)} do
-      {%{overdue: true}, {:error, %Error{reason: {:cancelled, _}}}} -> overdue(state, step, data)
-      {_, result} -> completed(state, step, result, data)
-    end
+    ended(state, step, Worker.accept(step, result, data.tally), data)
   end
 
   def handle_event(:info, {:DOWN, ref, :process, _pid, reason}, state, data)
@@ -156,10 +153,8 @@ defmodule VivaTensor.Job.Machine do
     # The native call of a killed worker goes on.
     Step.cancel(data.running[ref])
 
-    case returned(ref, data) do
-      {%{overdue: true} = step, data} -> overdue(state, step, data)
-      {step, data} -> failed(state, step, reason, data)
-    end
+    {step, data} = returned(ref, data)
+    ended(state, step, {:died, reason}, data)
   end
 
   def handle_event(:info, {:overdue, ref}, _state, data) when is_map_key(data.running, ref) do
@@ -249,11 +244,23 @@ defmodule VivaTensor.Job.Machine do
     {Step.ended(step), %{data | running: running}}
   end
 
+  defp ended(state, step, result, data) do
+    case {Ranges.closed?(data.ranges, step), result} do
+      # The rest of a tensor that was put aside, or has to be kept.
+      {true, _} when state == :stopping -> stopped(data)
+      {true, _} -> go_on(data)
+      {_, {:died, _}} when step.overdue -> overdue(state, step, data)
+      {_, {:error, %{reason: {:cancelled, _}}}} when step.overdue -> overdue(state, step, data)
+      {_, {:died, reason}} -> failed(state, step, reason, data)
+      _ -> completed(state, step, result, data)
+    end
+  end
+
   defp completed(:stopping, %{work: {:unit, unit, _}} = step, {:ok, done}, data),
-    do: stopped(unit_done(unit, step, done, data))
+    do: data |> Finished.unit(unit, step, done) |> stopped()
 
   defp completed(:stopping, %{work: {:units, _, _}} = step, {:ok, results}, data),
-    do: stopped(units_done(results, step, data))
+    do: data |> Finished.units(results, step) |> stopped()
 
   defp completed(:stopping, _step, _result, data), do: stopped(data)
 
@@ -275,11 +282,11 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp completed(:running, %{work: {:unit, unit, id}} = step, {:ok, done}, data),
-    do: unit |> unit_done(step, done, data) |> settle(id)
+    do: data |> Finished.unit(unit, step, done) |> settle(id)
 
   defp completed(:running, %{work: {:units, _units, id}} = step, {:ok, results}, data) do
     again = for {unit, _times, {:error, _}} <- results, do: Step.unit(unit, id)
-    data = units_done(results, step, data)
+    data = Finished.units(data, results, step)
     settle(%{data | queue: again ++ data.queue}, id)
   end
 
@@ -290,6 +297,7 @@ defmodule VivaTensor.Job.Machine do
         Events.notify(data, {:kept, %{name: unit.name, reason: reason}})
 
         %{data | ledger: Ledger.add(data.ledger, {:kept, id, unit.name, reason})}
+        |> Ranges.close(unit)
         |> keep_later(id, unit, reason)
 
       {{kind, _}, _} when kind in [:io, :invalid_file, :cancelled] and step.node == nil ->
@@ -301,17 +309,13 @@ defmodule VivaTensor.Job.Machine do
   end
 
   # What an earlier job recorded counts if it is still there.
-  defp completed(:running, %{work: {:recall, unit, id, {:unit, was}}} = step, {:ok, true}, data) do
-    span = Span.of(step, data.started)
-    row = Span.put(was.row, span)
-    Events.notify(data, {:unit, row})
-    ledger = Ledger.add(data.ledger, {:verified, unit.name, span})
-    %{data | ledger: ledger, tally: Tally.done(data.tally, id, row)} |> settle(id)
-  end
+  defp completed(:running, %{work: {:recall, unit, id, {_, _} = was}} = step, {:ok, true}, data),
+    do: data |> Finished.verified(unit, step, was) |> settle(id)
 
   defp completed(:running, %{work: {:recall, unit, id, _found}}, {:ok, false}, data) do
     Events.notify(data, {:redo, %{name: unit.name}})
-    {:keep_state, data |> enqueue(Step.unit(unit, id)) |> Placement.advance()}
+    queue = Step.tensor(unit, id) ++ data.queue
+    {:keep_state, Placement.advance(%{data | queue: queue})}
   end
 
   defp completed(:running, %{work: {:recall, unit, id, _found}}, {:ok, {:kept, reason}}, data) do
@@ -362,7 +366,8 @@ defmodule VivaTensor.Job.Machine do
     {:unit, unit, id} = step.work
     why = %{name: unit.name, reason: Failure.text(reason), attempts: step.attempt}
     Events.quarantined(data, why)
-    %{data | tally: Tally.put_aside(data.tally, id, unit, why)} |> settle(id)
+    tally = Tally.put_aside(data.tally, id, unit, why)
+    settle(Ranges.close(%{data | tally: tally}, unit), id)
   end
 
   # Planning
@@ -409,7 +414,7 @@ defmodule VivaTensor.Job.Machine do
     queue = for g <- plan.groups, do: Step.new({:search, g}, Observation.bytes(g, units))
     ledger = Ledger.new(found.head, found.at)
     data = %{data | found: found, ledger: ledger, tally: tally, queue: queue}
-    largest = units |> Enum.map(& &1.input_bytes) |> Enum.max(fn -> 0 end)
+    largest = Enum.max(for(u <- units, part <- Unit.ranges(u), do: part.input_bytes), fn -> 0 end)
     data = %{data | largest: largest, searches: length(plan.groups)}
     if data.searches == 0, do: run_units(data), else: next(:scaling, data)
   end
@@ -448,20 +453,6 @@ defmodule VivaTensor.Job.Machine do
   defp next(state, data), do: {:next_state, state, data, {:next_event, :internal, :advance}}
 
   # Shards
-
-  defp unit_done(unit, %{work: {_, _, id}} = step, {stats, source_hash, parts}, data) do
-    row = unit |> Report.row(stats) |> Span.put(Span.of(step, data.started))
-    record = {:unit, id, unit.name, %{row: row, source_hash: source_hash, parts: parts}}
-    ledger = Ledger.add(data.ledger, record, data.tally.shards[id])
-    Events.unit_done(data, step, row)
-    %{data | ledger: ledger, tally: Tally.done(data.tally, id, row)}
-  end
-
-  defp units_done(results, step, data) do
-    for {unit, {started, ended}, {:ok, done}} <- results, reduce: data do
-      data -> unit_done(unit, %{step | started: started, ended: ended}, done, data)
-    end
-  end
 
   defp keep_later(data, id, unit, reason) do
     %{data | tally: Tally.keep_later(data.tally, id, unit, reason)} |> settle(id)
@@ -539,14 +530,12 @@ defmodule VivaTensor.Job.Machine do
         {:keep_state, Placement.advance(data)}
 
       data.tally.quarantined == %{} ->
-        {:next_state, :finishing, data, publish()}
+        {:next_state, :finishing, data, {:next_event, :internal, :publish}}
 
       true ->
         partial(%{data | seconds: elapsed(data)})
     end
   end
-
-  defp publish, do: {:next_event, :internal, :publish}
 
   # The end
 

@@ -13,9 +13,12 @@ defmodule VivaTensor.Job.Manifest do
   - `{:begin, %{identity:, options:, tensors:, bytes:}}` - what the job is to do, first
   - `{:resumed, identity}` - with what it was gone on with
   - `{:scales, group, %{scales:, source_hash:}}` - what was chosen for a group of weights
-  - `{:unit, shard, name, %{row:, source_hash:, parts:}}` - a finished unit; `parts`
-    are `{tensor, sha256, content}`, the content of a tensor that the shard gets only
-    when it is finished, `nil` for others
+  - `{:rows, shard, name, {first, last}, %{stats:, source_hash:, parts:, span:}}` - a
+    finished range of the rows of a huge tensor
+  - `{:unit, shard, name, %{row:, source_hash:, parts:}}` - a finished tensor; `parts`
+    are `{tensor, {start, end}, sha256, content}`, bytes of a tensor of the output, and the
+    content of one that the shard gets only when it is finished, `nil` for others;
+    `source_hash` is `[{{first, last}, hash}]` where ranges were finished before
   - `{:verified, name, span}` - a unit of an earlier job was looked at, and when
   - `{:kept, shard, name, reason}` - a weight that has to be kept after all
   - `{:rewritten, shard, %{name => reason}}` - a shard that others replace
@@ -25,7 +28,7 @@ defmodule VivaTensor.Job.Manifest do
   """
 
   alias VivaTensor.Error
-  alias VivaTensor.Job.{FileError, Observation, Span}
+  alias VivaTensor.Job.{FileError, Observation, Ranges, Span}
 
   @magic "viva_tensor manifest 1\n"
 
@@ -37,6 +40,7 @@ defmodule VivaTensor.Job.Manifest do
           | {:resumed, map}
           | {:scales, Observation.group(), Observation.chosen()}
           | {:unit, shard, String.t(), map}
+          | {:rows, shard, String.t(), {non_neg_integer, pos_integer}, Ranges.part()}
           | {:verified, String.t(), Span.t()}
           | {:kept, shard, String.t(), String.t()}
           | {:rewritten, shard, %{String.t() => String.t()}}

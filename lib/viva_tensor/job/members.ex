@@ -188,7 +188,7 @@ defmodule VivaTensor.Job.Members do
   @spec can_do?(Step.t()) :: boolean
   def can_do?(%{attempt: attempt}) when attempt > 1, do: false
   def can_do?(%{work: {:unit, _unit, [_]}}), do: true
-  def can_do?(%{work: {:recall, _unit, [_], {:unit, _}}}), do: true
+  def can_do?(%{work: {:recall, _unit, [_], {what, _}}}), do: what in [:unit, :rows]
   def can_do?(_step), do: false
 
   @doc "Sends a step to a node, with the mark of its shard's file: what its answer is known by, and the step."

@@ -8,7 +8,7 @@ defmodule VivaTensor.Job.Placement do
   work runs ahead of the manifest, so that one sync serves many units.
   """
 
-  alias VivaTensor.Job.{Admission, Members, Options, Shard, Step, Tally}
+  alias VivaTensor.Job.{Admission, Ledger, Members, Options, Shard, Step, Tally}
 
   # What a killed job may have to do again for each worker, however small the units
   # are: syncing each of them would take longer.
@@ -58,7 +58,9 @@ defmodule VivaTensor.Job.Placement do
     with {place, index} <- place(length(here) < workers, queue, members, away),
          {step, rest} = List.pop_at(queue, index),
          risk = (workers + Members.workers(members)) * max(job.largest, @small_bytes),
-         true <- Step.risk([step | busy], job.ledger) <= risk do
+         at_stake = Ledger.unrecorded(job.ledger) + Step.at_stake(busy),
+         # A tensor that is kept after all may be larger than any unit was: it goes alone.
+         true <- at_stake == 0 or at_stake + Step.at_stake([step]) <= risk do
       {place, step, rest}
     else
       _ -> nil

@@ -108,10 +108,13 @@ defmodule VivaTensor.Job.Plan do
       }
 
       with :quantize <- Recipe.decide(recipe, entry, checkpoint.config),
-           {:ok, %{bytes: bytes, memory: memory, format: format}} <-
-             Native.plan_tensor(spec, entry.name, entry.shape, entry.dtype) do
+           {:ok, %{bytes: bytes, format: format}} <-
+             Native.plan_tensor(spec, entry.name, entry.shape, entry.dtype),
+           {:ok, rows} <- Native.plan_rows(spec, checkpoint.ref, entry.name) do
         reason = if format != recipe.format, do: "#{recipe.format} does not divide its rows"
-        %{unit | output_bytes: bytes, memory_bytes: memory, format: format, reason: reason}
+        {at_once, memory} = rows || {nil, nil}
+        unit = %{unit | output_bytes: bytes, format: format, reason: reason}
+        %{unit | rows_at_once: at_once, memory_bytes: memory}
       else
         {:keep, reason} -> Unit.keep(unit, reason)
         {:error, {_kind, _details, message}} -> Unit.keep(unit, message)

@@ -8,12 +8,13 @@ defmodule VivaTensor.Job.Resumption do
   """
 
   alias VivaTensor.{Error, Native}
-  alias VivaTensor.Job.{FileError, Identity, Manifest, Observation, Options, Plan, Rows}
+  alias VivaTensor.Job.{FileError, Identity, Manifest, Observation, Options, Plan}
+  alias VivaTensor.Job.{Ranges, Rows}
 
   defstruct at: 0, head: [], scales: %{}, units: %{}, rewritten: %{}, published: nil
 
-  @typedoc "A finished unit, or why a weight has to be kept."
-  @type unit :: {:unit, map} | {:kept, String.t()}
+  @typedoc "A finished tensor, finished ranges of its rows, or why a weight has to be kept."
+  @type unit :: {:unit, map} | {:rows, %{tuple => Ranges.part()}} | {:kept, String.t()}
 
   @typedoc """
   `scales` were chosen for groups of weights; `units` are finished ones and weights that have to be kept, by shard and name;
@@ -85,6 +86,14 @@ defmodule VivaTensor.Job.Resumption do
   end
 
   defp add({:unit, shard, name, unit}, found), do: put(found, shard, name, {:unit, unit})
+
+  defp add({:rows, shard, name, rows, part}, found) do
+    case found.units[{shard, name}] do
+      {:rows, parts} -> put(found, shard, name, {:rows, Map.put(parts, rows, part)})
+      _ -> put(found, shard, name, {:rows, %{rows => part}})
+    end
+  end
+
   defp add({:kept, shard, name, reason}, found), do: put(found, shard, name, {:kept, reason})
 
   defp add({:rewritten, shard, kept}, found) do
@@ -132,20 +141,23 @@ defmodule VivaTensor.Job.Resumption do
   defp same_content(units, plan) do
     conversion = conversion(plan.work)
 
-    Enum.reduce_while(units, :ok, fn
-      {{_shard, name}, {:unit, %{source_hash: was}}}, :ok ->
-        case plan.checkpoint.ref
-             |> Native.unit_source_hash(name, conversion)
-             |> Error.wrap(:source) do
-          {:ok, ^was} -> {:cont, :ok}
-          {:ok, _} -> {:halt, {:error, Identity.source_changed([{name, "has other values"}])}}
-          error -> {:halt, error}
-        end
+    made_from =
+      for {{_shard, name}, unit} <- units, {rows, was} <- made_from(unit), do: {name, rows, was}
 
-      _kept, :ok ->
-        {:cont, :ok}
+    Enum.reduce_while(made_from, :ok, fn {name, rows, was}, :ok ->
+      case plan.checkpoint.ref
+           |> Native.unit_source_hash(name, rows, conversion)
+           |> Error.wrap(:source) do
+        {:ok, ^was} -> {:cont, :ok}
+        {:ok, _} -> {:halt, {:error, Identity.source_changed([{name, "has other values"}])}}
+        error -> {:halt, error}
+      end
     end)
   end
+
+  defp made_from({:unit, unit}), do: Ranges.source_hashes(unit.source_hash)
+  defp made_from({:rows, parts}), do: for({rows, part} <- parts, do: {rows, part.source_hash})
+  defp made_from({:kept, _reason}), do: []
 
   defp conversion({:convert, ref}), do: ref
   defp conversion({:quantize, _spec, _observed}), do: nil

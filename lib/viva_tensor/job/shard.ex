@@ -19,7 +19,7 @@ defmodule VivaTensor.Job.Shard do
   would pass `max_shard_size`.
   """
 
-  alias VivaTensor.{Error, Native, Report}
+  alias VivaTensor.{Error, Native}
   alias VivaTensor.Job.{FileError, Plan, Unit}
 
   @enforce_keys [:id, :units, :remaining]
@@ -50,14 +50,9 @@ defmodule VivaTensor.Job.Shard do
   @spec new([non_neg_integer], [Unit.t()]) :: t
   def new(id, units), do: %__MODULE__{id: id, units: units, remaining: length(units)}
 
-  @doc "One unit less to wait for, with what its row counts."
-  @spec unit_done(t, Report.row()) :: t
-  def unit_done(%__MODULE__{done: {units, read, written}} = shard, row) do
-    done = {units + 1, read + row.input_bytes, written + row.output_bytes}
-    %{one_less(shard) | done: done}
-  end
-
-  defp one_less(shard), do: %{shard | remaining: shard.remaining - 1}
+  @doc "One tensor less to wait for."
+  @spec one_less(t) :: t
+  def one_less(%__MODULE__{} = shard), do: %{shard | remaining: shard.remaining - 1}
 
   @doc "One unit less to wait for, though its weight has to be kept after all."
   @spec keep_later(t, Unit.t(), String.t()) :: t

@@ -3,7 +3,7 @@ defmodule VivaTensor.Job.Status do
   How far a job is, and how long the rest may take.
   """
 
-  alias VivaTensor.Job.{Admission, Step}
+  alias VivaTensor.Job.{Admission, Step, Unit}
 
   @typedoc """
   - `state` - `:planning`, `:scaling` (choosing the scales of columns), `:running`, `:finishing`, `:stopping` or `:done`
@@ -49,7 +49,7 @@ defmodule VivaTensor.Job.Status do
       for {_ref, step} <- data.running, unit <- Step.units(step) do
         microseconds = System.convert_time_unit(now - step.started, :native, :microsecond)
         seconds = microseconds / 1.0e6
-        %{name: unit.name, seconds: seconds, attempt: step.attempt, node: step.node}
+        %{name: Unit.label(unit), seconds: seconds, attempt: step.attempt, node: step.node}
       end
 
     rate = if seconds > 0, do: tally.bytes_done / seconds, else: 0.0

@@ -12,7 +12,7 @@ defmodule VivaTensor.Job.Step do
   `node` has its flag there, with the member that it is `away` with.
   """
 
-  alias VivaTensor.Job.{Ledger, Manifest, Observation, Resumption, Shard, Span}
+  alias VivaTensor.Job.{Manifest, Observation, Resumption, Shard, Span}
   alias VivaTensor.Job.{Unit, Workers}
   alias VivaTensor.Native
 
@@ -70,16 +70,21 @@ defmodule VivaTensor.Job.Step do
   @spec unit(Unit.t(), Manifest.shard()) :: t
   def unit(unit, id), do: new({:unit, unit, id}, Unit.bytes(unit))
 
+  @doc "The steps that do a tensor of a shard."
+  @spec tensor(Unit.t(), Manifest.shard()) :: [t]
+  def tensor(unit, id), do: unit |> Unit.ranges() |> Enum.map(&unit(&1, id))
+
   @doc "The steps of a shard, of which an earlier job recorded some units."
   @spec all(Shard.t(), %{{Manifest.shard(), String.t()} => Resumption.unit()}) :: [t]
   def all(%Shard{units: []} = shard, _recorded), do: [new({:finish, shard.id})]
 
   def all(%Shard{} = shard, recorded) do
     shard.units
-    |> Enum.map(fn unit ->
+    |> Enum.flat_map(fn unit ->
       case Map.fetch(recorded, {shard.id, unit.name}) do
-        {:ok, unit_then} -> new({:recall, unit, shard.id, unit_then})
-        :error -> unit(unit, shard.id)
+        {:ok, {:rows, parts}} -> unit |> tensor(shard.id) |> Enum.map(&recalled(&1, parts))
+        {:ok, unit_then} -> [new({:recall, unit, shard.id, unit_then})]
+        :error -> tensor(unit, shard.id)
       end
     end)
     |> Enum.chunk_by(&very_small?/1)
@@ -88,6 +93,13 @@ defmodule VivaTensor.Job.Step do
         do: steps |> Enum.chunk_every(@together) |> Enum.map(&together/1),
         else: steps
     end)
+  end
+
+  defp recalled(%{work: {:unit, unit, id}} = step, parts) do
+    case Map.fetch(parts, unit.rows) do
+      {:ok, part} -> new({:recall, unit, id, {:rows, part}})
+      :error -> step
+    end
   end
 
   defp very_small?(%{work: {:unit, unit, _}}), do: unit.input_bytes <= @very_small_bytes
@@ -182,11 +194,9 @@ defmodule VivaTensor.Job.Step do
   defp timed?(%{work: {:search, _}}), do: true
   defp timed?(_step), do: false
 
-  @doc "Bytes of the source that are to be done again if these are lost, and what is not recorded."
-  @spec risk([t], Ledger.t()) :: non_neg_integer
-  def risk(steps, ledger) do
-    Ledger.unrecorded(ledger) + (steps |> Enum.flat_map(&units/1) |> sum(:input_bytes))
-  end
+  @doc "Bytes of the source that are to be done again if these steps are lost."
+  @spec at_stake([t]) :: non_neg_integer
+  def at_stake(steps), do: steps |> Enum.flat_map(&units/1) |> sum(:input_bytes)
 
   @doc "The units that a step does."
   @spec units(t) :: [Unit.t()]
@@ -202,7 +212,7 @@ defmodule VivaTensor.Job.Step do
   def name(%{work: {:compare, {_what, manifest}}}), do: manifest
   def name(%{work: {:search, {into, _, _}}}), do: "the scales of #{into}"
   def name(%{work: {:finish, id}}), do: "shard #{Enum.join(id, "-")}"
-  def name(%{work: {:unit, unit, _}}), do: unit.name
+  def name(%{work: {:unit, unit, _}}), do: Unit.label(unit)
   def name(%{work: {:units, [unit | more], _}}), do: "#{unit.name} and #{length(more)} more"
-  def name(%{work: {:recall, unit, _, _}}), do: unit.name
+  def name(%{work: {:recall, unit, _, _}}), do: Unit.label(unit)
 end

@@ -14,6 +14,9 @@ defmodule VivaTensor.Job.Tally do
             bytes_done: 0,
             bytes_written: 0
 
+  @typedoc "Tensors, bytes read and bytes written."
+  @type counts :: {non_neg_integer, non_neg_integer, non_neg_integer}
+
   @typedoc """
   Units that are `quarantined` are by their ids.
   """
@@ -54,12 +57,23 @@ defmodule VivaTensor.Job.Tally do
     %{tally | shards: Map.new(tally.shards, fn {id, shard} -> {id, annotated.(shard)} end)}
   end
 
-  @doc "A unit is done."
+  @doc "A tensor is done."
   @spec done(t, Manifest.shard(), Report.row()) :: t
-  def done(tally, id, row) do
+  # Its ranges were counted.
+  def done(tally, id, %{ranges: _}), do: one_less(tally, id, {1, 0, 0})
+  def done(tally, id, row), do: one_less(tally, id, {1, row.input_bytes, row.output_bytes})
+
+  defp one_less(tally, id, counts),
+    do: tally |> add(id, counts) |> update(id, &Shard.one_less/1)
+
+  @doc "So many tensors more are done, for which so many bytes were read and written."
+  @spec add(t, Manifest.shard(), counts) :: t
+  def add(tally, id, {units, read, written} = counts) do
     tally
-    |> count({1, row.input_bytes, row.output_bytes})
-    |> update(id, &Shard.unit_done(&1, row))
+    |> count(counts)
+    |> update(id, fn %{done: {u, r, w}} = shard ->
+      %{shard | done: {u + units, r + read, w + written}}
+    end)
   end
 
   defp count(tally, {units, read, written}) do

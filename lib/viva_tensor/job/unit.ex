@@ -1,8 +1,8 @@
 defmodule VivaTensor.Job.Unit do
   @moduledoc """
-  The piece of work that a worker does at once: one tensor, read from the source
-  and written, quantized, converted or as it is, to its place in a shard of the
-  output.
+  The piece of work that a worker does at once: one tensor, or a range of the rows of a
+  huge one, read from the source and written, quantized, converted or as it is, to its
+  place in a shard of the output.
 
   Where it goes is reserved when its shard is created, so units may finish in
   any order, and doing one twice writes the same bytes to the same place.
@@ -25,6 +25,8 @@ defmodule VivaTensor.Job.Unit do
     :input_bytes,
     :output_bytes,
     :memory_bytes,
+    :rows_at_once,
+    :rows,
     :from,
     working_bytes: 0,
     quantized: false
@@ -38,10 +40,11 @@ defmodule VivaTensor.Job.Unit do
 
   @typedoc """
   `reason` says why a tensor is kept, has another format than the recipe's, or goes
-  without the scales of its method; what is encoded are vectors; `memory_bytes` are those
-  of input and output that are there at once, where that is not all of them; `working_bytes` is what its method takes beside
-  input and output; `from` is the layout that a converted one had, `quantized` whether the output has
-  it quantized.
+  without the scales of its method; what is encoded are vectors; `rows_at_once` are those
+  that a unit does of a huge tensor, `rows` the first one that it does and the one after its
+  last, and `memory_bytes` what input and output then take; `working_bytes` is what its
+  method takes beside input and output; `from` is the layout that a converted one had,
+  `quantized` whether the output has it quantized.
   """
   @type t :: %__MODULE__{
           id: non_neg_integer,
@@ -54,6 +57,8 @@ defmodule VivaTensor.Job.Unit do
           input_bytes: non_neg_integer,
           output_bytes: non_neg_integer,
           memory_bytes: non_neg_integer | nil,
+          rows_at_once: pos_integer | nil,
+          rows: {non_neg_integer, pos_integer} | nil,
           from: atom,
           working_bytes: non_neg_integer,
           quantized: boolean
@@ -85,9 +90,45 @@ defmodule VivaTensor.Job.Unit do
         reason: reason,
         output_bytes: unit.input_bytes,
         memory_bytes: nil,
+        rows_at_once: nil,
+        rows: nil,
         working_bytes: 0
     }
   end
+
+  @doc """
+  The units that do a tensor: one, or one for each range of its rows.
+
+      iex> unit = %VivaTensor.Job.Unit{id: 0, name: "a", shape: [5, 4], dtype: "f32", action: :quantize,
+      ...>   input_bytes: 80, output_bytes: 40, rows_at_once: 2}
+      iex> for part <- VivaTensor.Job.Unit.ranges(unit), do: {part.rows, part.input_bytes}
+      [{{0, 2}, 32}, {{2, 4}, 32}, {{4, 5}, 16}]
+      iex> VivaTensor.Job.Unit.ranges(%{unit | rows_at_once: nil}) == [%{unit | rows_at_once: nil}]
+      true
+  """
+  @spec ranges(t) :: [t]
+  def ranges(%__MODULE__{rows_at_once: nil} = unit), do: [unit]
+
+  def ranges(%__MODULE__{rows_at_once: at_once, shape: [rows, _]} = unit) do
+    for first <- 0..(rows - 1)//at_once do
+      last = min(first + at_once, rows)
+
+      [input, output] =
+        for b <- [unit.input_bytes, unit.output_bytes], do: share(b, first, last, rows)
+
+      part = %{unit | rows_at_once: nil, rows: {first, last}}
+      %{part | input_bytes: input, output_bytes: output}
+    end
+  end
+
+  defp share(bytes, first, last, rows), do: div(bytes * last, rows) - div(bytes * first, rows)
+
+  @doc "What a unit is called where its rows matter."
+  @spec label(t) :: String.t()
+  def label(%__MODULE__{rows: nil, name: name}), do: name
+
+  def label(%__MODULE__{rows: {first, last}, name: name}),
+    do: "#{name} rows #{first} to #{last - 1}"
 
   @typedoc "What came of a unit: figures, and what it is known again by."
   @type done :: {stats :: map, source_hash :: binary, parts :: [tuple]}
@@ -106,7 +147,7 @@ defmodule VivaTensor.Job.Unit do
     result =
       case {work, unit.action} do
         {{:quantize, spec, observed}, :quantize} ->
-          Native.unit_quantize(checkpoint, unit.name, spec, observed, shard, cancel)
+          Native.unit_quantize(checkpoint, unit.name, unit.rows, spec, observed, shard, cancel)
 
         {{:quantize, spec, observed}, :keep} ->
           Native.unit_keep(checkpoint, unit.name, spec, observed, shard, cancel)

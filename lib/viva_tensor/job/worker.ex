@@ -68,7 +68,7 @@ defmodule VivaTensor.Job.Worker do
     {:ok, fn -> {:ok, {:kept, reason}} end, job.tally}
   end
 
-  def prepare(%{work: {:recall, _unit, id, {:unit, found}}, cancel: cancel}, job) do
+  def prepare(%{work: {:recall, _unit, id, {_unit_or_rows, found}}, cancel: cancel}, job) do
     in_shard(id, job, fn shard ->
       shard |> Native.unit_verify(found.parts, cancel) |> Error.wrap(:output)
     end)
@@ -83,7 +83,7 @@ defmodule VivaTensor.Job.Worker do
     parts =
       case work do
         {:unit, _unit, _id} -> elem(done, 2)
-        {:recall, _unit, _id, {:unit, found}} -> if done, do: found.parts, else: []
+        {:recall, _unit, _id, {_unit_or_rows, found}} -> if done, do: found.parts, else: []
       end
 
     shard = tally.shards[elem(work, 2)].ref

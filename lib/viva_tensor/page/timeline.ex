@@ -20,11 +20,20 @@ defmodule VivaTensor.Page.Timeline do
   """
   @spec section([map], number, (map -> String.t() | nil)) :: VivaTensor.Page.Parts.section()
   def section(rows, seconds, href) do
-    case Enum.filter(rows, &timed?/1) do
+    case rows |> Enum.flat_map(&units/1) |> Enum.filter(&timed?/1) do
       [] -> nil
       timed -> drawn(timed, seconds, href)
     end
   end
+
+  # Of a huge tensor a unit does a range of rows.
+  defp units(%{"ranges" => [_ | _] = ranges} = row) do
+    for %{"rows" => [first, last]} = range when is_integer(first) and is_integer(last) <- ranges do
+      row |> Map.merge(range) |> Map.put("units", "rows #{first} to #{last - 1}")
+    end
+  end
+
+  defp units(row), do: [row]
 
   defp timed?(row), do: is_number(row["began"]) and is_number(row["ended"])
 
@@ -71,7 +80,7 @@ defmodule VivaTensor.Page.Timeline do
     {x, width} = {percent(from), percent(width)}
 
     title =
-      "#{unit["name"]}: #{what(unit)} in #{time(length_of(unit))}, " <>
+      "#{Enum.join([unit["name"] | List.wrap(unit["units"])], " ")}: #{what(unit)} in #{time(length_of(unit))}, " <>
         "from #{time(unit["began"])} to #{time(unit["ended"])}#{attempt(unit["attempt"])}"
 
     shape = element("rect", class: class(unit), x: x, y: 3, width: width, height: @height)

@@ -6,7 +6,7 @@ mod ranges;
 
 pub use parts::{Part, accept, file_hash, source_hash, verify};
 pub(crate) use parts::{PartWriter, WINDOW};
-pub use ranges::Ranges;
+pub use ranges::{Ranges, quantize_rows_into, source_rows_hash};
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use crate::layout::gguf::{self, RowOrder};
 use crate::layout::{self, Entries, Layout};
 use crate::method::calibrated::{self, Calibrated};
 use crate::method::fold::Observed;
-use crate::ops::metrics::{self, Metrics};
+use crate::ops::metrics::{self, Metrics, Seen};
 use crate::ops::{Cancel, pool, quantize};
 use crate::tensor::{Tensor, narrow};
 
@@ -45,6 +45,8 @@ pub struct Done {
     /// Bits of codes, scales and zero points; `None` when it was copied.
     pub bits_per_weight: Option<f64>,
     pub metrics: Option<Metrics>,
+    /// What some rows add to the metrics of their tensor.
+    pub seen: Option<Seen>,
     /// Of the layer's output, on rows of activations that the method saw.
     pub output_error: Option<f64>,
     /// Of what was read.
@@ -119,16 +121,18 @@ impl Target {
         self.layout.entries(&spec, name, shape, known)
     }
 
-    /// Memory that quantizing a tensor takes, the source's included: of a huge one no
-    /// more than of some of its rows, where they do not depend on each other.
-    pub fn memory(&self, name: &str, dtype: EntryDType, shape: &[usize]) -> Result<usize> {
-        let output = self.entries(name, dtype, shape)?.nbytes()?;
-        let ranges = match (dtype, self.layout.whole_file()) {
-            (EntryDType::Known(dtype), None) => Ranges::of(self, name, dtype, shape)?,
-            // Some rows may be written in another order, which only the source tells.
-            _ => None,
+    /// The ranges of rows in which a huge tensor is done, if they do not depend on each
+    /// other.
+    pub fn ranges(&self, source: &Checkpoint, name: &str) -> Result<Option<Ranges>> {
+        let entry = source.entry(name)?;
+        let order = match self.layout.whole_file() {
+            None => None,
+            Some(whole) => whole.row_order(source, entry)?,
         };
-        Ok(ranges.map_or(dtype.nbytes(shape)? + output, |r| r.bytes))
+        match (entry.dtype, order) {
+            (EntryDType::Known(dtype), None) => Ranges::of(self, name, dtype, &entry.shape),
+            _ => Ok(None),
+        }
     }
 
     /// Checks that the layout can hold a checkpoint at all.
@@ -220,14 +224,7 @@ pub fn quantize_into(
         None => None,
         Some(whole) => whole.row_order(source, source.entry(name)?)?,
     };
-    let ranges = match (observed, order) {
-        (None, None) => Ranges::of(target, name, tensor.dtype(), tensor.shape())?,
-        _ => None,
-    };
     let done = pool::run(|| {
-        if let Some(ranges) = &ranges {
-            return ranges.quantize_into(source, name, target, &tensor, shard, cancel);
-        }
         let (q, metrics, output_error) = match (observed, &target.calibrated) {
             (Some(observed), Some(how)) => observed.quantize(name, &tensor, &spec, how, cancel)?,
             (None, None) => {
@@ -255,6 +252,7 @@ pub fn quantize_into(
             elements: tensor.len(),
             bits_per_weight: Some(bits_per_weight),
             metrics: Some(metrics),
+            seen: None,
             output_error,
             source_hash,
             parts: out.into_parts(),
@@ -335,6 +333,7 @@ pub fn keep_into(
         elements: entry.shape.iter().product(),
         bits_per_weight: None,
         metrics: None,
+        seen: None,
         output_error: None,
         source_hash: source_hash?,
         parts: out.into_parts(),

@@ -193,7 +193,7 @@ fn what_is_recorded_outlives_whoever_wrote_it() {
     let mut read = [0; 3];
     shard.read_at("x", 0, &mut read).unwrap();
     assert_eq!(&read, b"abc");
-    shard.accept("x").unwrap();
+    shard.accept("x", 0..usize::MAX).unwrap();
     shard.finish().unwrap();
     shard.sync().unwrap();
     second.commit().unwrap();

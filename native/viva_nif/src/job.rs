@@ -10,6 +10,7 @@ use serde_json::Value;
 use viva_core::Error;
 use viva_core::io::{self, EntryDType, OutputDir, ShardFile, WrittenShard};
 use viva_core::layout::Modules;
+use viva_core::ops::metrics::Seen;
 use viva_core::tensor::DType;
 use viva_core::unit::{self, Done, Planned, Target};
 
@@ -51,10 +52,21 @@ fn plan_tensor<'a>(
     let format = &target.0.spec_for(&shape)?.format;
     let fields = [
         ("bytes", entries.nbytes()?.encode(env)),
-        ("memory", target.0.memory(&name, dtype, &shape)?.encode(env)),
         ("format", terms::atom(env, format)),
     ];
     Ok(terms::map(env, &fields))
+}
+
+/// `{rows, bytes}`: how many rows of a huge tensor a unit does, and the memory that it
+/// takes; nil where the tensor is one unit.
+#[rustler::nif]
+fn plan_rows(
+    target: TargetRef,
+    source: CheckpointRef,
+    name: String,
+) -> Outcome<Option<(usize, usize)>> {
+    let ranges = target.0.ranges(&*source.0.get()?, &name)?;
+    Ok(ranges.map(|r| (r.rows, r.bytes)))
 }
 
 /// Whether the layout can hold the checkpoint; the name of the one file that it
@@ -189,14 +201,21 @@ fn unit_quantize<'a>(
     env: Env<'a>,
     source: CheckpointRef,
     name: String,
+    rows: Option<(usize, usize)>,
     target: TargetRef,
     observed: Option<ObservedRef>,
     shard: ShardRef,
     cancel: CancelRef,
 ) -> Outcome<Term<'a>> {
     let source = source.0.get()?;
+    let (target, shard, cancel) = (&target.0, &shard.0, cancel.enter()?);
     let seen = observed.as_ref().map(|o| &o.0);
-    let done = unit::quantize_into(&source, &name, &target.0, seen, &shard.0, &*cancel.enter()?)?;
+    let done = match rows {
+        None => unit::quantize_into(&source, &name, target, seen, shard, &cancel)?,
+        Some((first, last)) => {
+            unit::quantize_rows_into(&source, &name, first..last, target, shard, &cancel)?
+        }
+    };
     Ok(done_term(env, done))
 }
 
@@ -237,9 +256,25 @@ fn stats<'a>(env: Env<'a>, done: &Done) -> Term<'a> {
         fields.push(("bits_per_weight", bits.encode(env)));
         let error = done.output_error.map(|e| terms::number(env, e));
         fields.extend(error.map(|e| ("output_error", e)));
+        let sums = done.seen.map(|s| s.to_numbers().to_vec().encode(env));
+        fields.extend(sums.map(|s| ("sums", s)));
         return crate::tensor::metrics_map(env, m, &fields);
     }
     terms::map(env, &fields)
+}
+
+/// The metrics of a tensor from the `sums` of all its ranges of rows.
+#[rustler::nif]
+fn sums_metrics<'a>(env: Env<'a>, sums: Vec<Vec<f64>>) -> Outcome<Term<'a>> {
+    let mut seen = sums.into_iter().map(|numbers| {
+        let numbers = numbers.try_into().map_err(|_| Error::InvalidOption {
+            option: "sums".into(),
+            message: "are eight numbers".into(),
+        })?;
+        Ok::<Seen, Error>(Seen::from_numbers(numbers))
+    });
+    let seen = seen.try_fold(Seen::default(), |all, s| Ok::<_, Error>(all.and(s?)))?;
+    Ok(crate::tensor::metrics_map(env, &seen.metrics(), &[]))
 }
 
 type WrittenTerm = (String, usize, Vec<(String, usize)>);

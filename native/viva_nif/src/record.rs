@@ -27,8 +27,8 @@ impl<'a> Decoder<'a> for Bytes {
     }
 }
 
-/// `{name, sha256, late}`.
-type PartTerm = (String, Bytes, Option<Bytes>);
+/// `{name, {start, end}, sha256, late}`.
+type PartTerm = (String, (usize, usize), Bytes, Option<Bytes>);
 
 /// What a unit returns: `{stats, source_hash, parts}`.
 pub fn done<'a>(
@@ -37,18 +37,26 @@ pub fn done<'a>(
     source_hash: [u8; 16],
     parts: Vec<Part>,
 ) -> Term<'a> {
-    let part = |p: Part| -> PartTerm { (p.name, Bytes(p.sha256.into()), p.late.map(Bytes)) };
+    let part = |p: Part| -> PartTerm {
+        let range = (p.range.start, p.range.end);
+        (p.name, range, Bytes(p.sha256.into()), p.late.map(Bytes))
+    };
     let parts: Vec<PartTerm> = parts.into_iter().map(part).collect();
     (stats, Bytes(source_hash.into()), parts).encode(env)
 }
 
-fn part((name, sha256, late): PartTerm) -> Result<Part, Error> {
+fn part((name, (start, end), sha256, late): PartTerm) -> Result<Part, Error> {
     let sha256 = sha256.0.try_into().map_err(|_| Error::InvalidOption {
         option: "parts".into(),
         message: format!("the hash of {name:?} is not one of SHA-256"),
     })?;
     let late = late.map(|l| l.0);
-    Ok(Part { name, sha256, late })
+    Ok(Part {
+        name,
+        range: start..end,
+        sha256,
+        late,
+    })
 }
 
 /// What was there when the output was opened, and the path of its manifest.
@@ -119,12 +127,14 @@ fn unit_source_hash<'a>(
     env: Env<'a>,
     source: CheckpointRef,
     name: String,
+    rows: Option<(usize, usize)>,
     conversion: Option<ConversionRef>,
 ) -> Outcome<Term<'a>> {
     let source = source.0.get()?;
-    let hash = match conversion {
-        Some(conversion) => conversion.0.source_hash(&source, &name),
-        None => unit::source_hash(&source, [name.as_str()]),
+    let hash = match (conversion, rows) {
+        (Some(conversion), _) => conversion.0.source_hash(&source, &name),
+        (None, Some((first, last))) => unit::source_rows_hash(&source, &name, first..last),
+        (None, None) => unit::source_hash(&source, [name.as_str()]),
     };
     Ok(Bytes(hash?.into()).encode(env))
 }

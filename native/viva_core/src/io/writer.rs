@@ -268,13 +268,13 @@ impl ShardWriter {
         Ok(self.slot(name)?.entry.nbytes())
     }
 
-    /// Takes a whole tensor for written, as it is in the file.
+    /// Takes that part of a tensor for written, as it is in the file.
     ///
     /// # Errors
     /// [`Error::UnknownTensor`].
-    pub fn accept(&self, name: &str) -> Result<()> {
+    pub fn accept(&self, name: &str, part: Range<usize>) -> Result<()> {
         let slot = self.slot(name)?;
-        lock(&slot.written).add(0..slot.entry.nbytes());
+        lock(&slot.written).add(part.start..part.end.min(slot.entry.nbytes()));
         Ok(())
     }
 

@@ -38,7 +38,7 @@ pub struct Metrics {
 pub const RUN: usize = CHUNK / 4;
 
 /// What runs of elements add up to.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Sums {
     xx: f64,
     yy: f64,
@@ -99,46 +99,83 @@ impl Op for Accumulate<'_> {
     }
 }
 
-/// The error of a tensor that is seen piece by piece, each but the last of whole
-/// [`RUN`]s: the same, bit for bit, as if it were seen at once.
-#[derive(Clone, Copy, Default)]
+impl Sums {
+    fn and(self, b: Sums) -> Sums {
+        Sums {
+            xx: self.xx + b.xx,
+            yy: self.yy + b.yy,
+            xy: self.xy + b.xy,
+            ee: self.ee + b.ee,
+            e: self.e + b.e,
+            max_x: self.max_x.max(b.max_x),
+            max_e: self.max_e.max(b.max_e),
+        }
+    }
+}
+
+/// What a tensor, or some rows of it, adds to the error of the whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Seen {
     sums: Sums,
     elements: usize,
 }
 
 impl Seen {
-    /// Adds what follows.
+    /// That of a quantized tensor against its original.
     ///
     /// # Errors
     /// Those of [`quantized`].
-    pub fn add(&mut self, x: &Tensor, q: &Quantized, cancel: &Cancel) -> Result<()> {
+    pub fn of(x: &Tensor, q: &Quantized, cancel: &Cancel) -> Result<Seen> {
         same_shape(x, &q.shape)?;
         let decoder = input::decoder(q)?;
-        self.compare(x, cancel, |range, y| decoder.decode(range.start, y))
+        Seen::compare(x, cancel, |range, y| decoder.decode(range.start, y))
     }
 
     /// Compares `x` with what `fill` writes for a run of elements. Runs are summed
     /// in their order: the result does not depend on the number of threads.
     fn compare(
-        &mut self,
         x: &Tensor,
         cancel: &Cancel,
         fill: impl Fn(std::ops::Range<usize>, &mut Vec<f32>) + Sync,
-    ) -> Result<()> {
-        debug_assert!(self.elements.is_multiple_of(RUN));
+    ) -> Result<Seen> {
         let sums = runs(x, cancel, fill)?;
-        self.sums = sums.into_iter().fold(self.sums, |a, b| Sums {
-            xx: a.xx + b.xx,
-            yy: a.yy + b.yy,
-            xy: a.xy + b.xy,
-            ee: a.ee + b.ee,
-            e: a.e + b.e,
-            max_x: a.max_x.max(b.max_x),
-            max_e: a.max_e.max(b.max_e),
-        });
-        self.elements += x.len();
-        Ok(())
+        Ok(Seen {
+            sums: sums.into_iter().fold(Sums::default(), Sums::and),
+            elements: x.len(),
+        })
+    }
+
+    /// Both together.
+    pub fn and(self, other: Seen) -> Seen {
+        Seen {
+            sums: self.sums.and(other.sums),
+            elements: self.elements + other.elements,
+        }
+    }
+
+    /// As plain numbers.
+    pub fn to_numbers(self) -> [f64; 8] {
+        let s = self.sums;
+        let (max_x, max_e) = (f64::from(s.max_x), f64::from(s.max_e));
+        let elements = self.elements as f64;
+        [s.xx, s.yy, s.xy, s.ee, s.e, max_x, max_e, elements]
+    }
+
+    /// From [`to_numbers`](Self::to_numbers).
+    pub fn from_numbers([xx, yy, xy, ee, e, max_x, max_e, elements]: [f64; 8]) -> Seen {
+        let (max_x, max_e) = (max_x as f32, max_e as f32);
+        Seen {
+            sums: Sums {
+                xx,
+                yy,
+                xy,
+                ee,
+                e,
+                max_x,
+                max_e,
+            },
+            elements: elements as usize,
+        }
     }
 
     pub fn metrics(&self) -> Metrics {
@@ -193,16 +230,13 @@ pub(super) fn same_shape(x: &Tensor, shape: &[usize]) -> Result<()> {
 
 /// Error of a quantized tensor against its original.
 pub fn quantized(x: &Tensor, q: &Quantized, cancel: &Cancel) -> Result<Metrics> {
-    let mut seen = Seen::default();
-    seen.add(x, q, cancel)?;
-    Ok(seen.metrics())
+    Ok(Seen::of(x, q, cancel)?.metrics())
 }
 
 /// Error of one dense tensor against another.
 pub fn dense(x: &Tensor, y: &Tensor, cancel: &Cancel) -> Result<Metrics> {
     same_shape(x, y.shape())?;
-    let mut seen = Seen::default();
-    seen.compare(x, cancel, |range, out| {
+    let seen = Seen::compare(x, cancel, |range, out| {
         let mut scratch = Vec::new();
         out.copy_from_slice(y.f32_chunk(range, &mut scratch));
     })?;

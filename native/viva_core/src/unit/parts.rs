@@ -1,12 +1,13 @@
 //! What a unit writes, and the hashes by which it is known again.
 
+use std::ops::Range;
 use std::path::Path;
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use twox_hash::XxHash3_128;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::io::{Checkpoint, Mapped, ShardWriter};
 use crate::ops::{Cancel, pool};
 
@@ -16,11 +17,13 @@ const PIECE: usize = 1 << 20;
 /// Bytes of a large tensor whose pages are held at a time: whole pieces.
 pub(crate) const WINDOW: usize = 64 * PIECE;
 
-/// A named tensor of the output, as a unit wrote it.
+/// A named tensor of the output, or a range of one, as a unit wrote it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
     pub name: String,
-    /// Of its bytes in the file.
+    /// Those of its bytes that were written.
+    pub range: Range<usize>,
+    /// Of these, in the file.
     pub sha256: [u8; 32],
     /// The content of a late entry, which is in no file until the shard is finished.
     pub late: Option<Vec<u8>>,
@@ -35,12 +38,13 @@ pub(crate) struct PartWriter<'a> {
     bytes: usize,
 }
 
-/// One tensor that is written from its start to its end; others may be written
-/// meanwhile.
+/// One tensor, or a range of it, that is written from its start to its end; others may
+/// be written meanwhile.
 pub(crate) struct Stream<'a> {
     shard: &'a ShardWriter,
     cancel: &'a Cancel,
     name: String,
+    start: usize,
     offset: usize,
     hash: Sha256,
 }
@@ -61,11 +65,17 @@ impl<'a> PartWriter<'a> {
 
     /// Starts a tensor.
     pub fn stream(&self, name: &str) -> Stream<'a> {
+        self.stream_at(name, 0)
+    }
+
+    /// Starts a range of a tensor.
+    pub fn stream_at(&self, name: &str, start: usize) -> Stream<'a> {
         Stream {
             shard: self.shard,
             cancel: self.cancel,
             name: name.into(),
-            offset: 0,
+            start,
+            offset: start,
             hash: Sha256::new(),
         }
     }
@@ -80,9 +90,11 @@ impl<'a> PartWriter<'a> {
 
     /// Ends a tensor.
     pub fn end(&mut self, stream: Stream) {
-        self.bytes += stream.offset;
+        let range = stream.start..stream.offset;
+        self.bytes += range.len();
         self.parts.push(Part {
             name: stream.name,
+            range,
             sha256: stream.hash.finalize().into(),
             late: None,
         });
@@ -94,6 +106,7 @@ impl<'a> PartWriter<'a> {
         self.bytes += bytes.len();
         self.parts.push(Part {
             name: name.into(),
+            range: 0..bytes.len(),
             sha256: Sha256::digest(bytes).into(),
             late: Some(bytes.to_vec()),
         });
@@ -111,10 +124,6 @@ impl<'a> PartWriter<'a> {
 }
 
 impl Stream<'_> {
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
     /// Writes what follows, piece by piece.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         for piece in bytes.chunks(PIECE) {
@@ -133,10 +142,13 @@ pub fn verify(shard: &ShardWriter, parts: &[Part], cancel: &Cancel) -> Result<bo
     let mut buffer = vec![0; PIECE];
     for part in parts.iter().filter(|p| p.late.is_none()) {
         let mut hash = Sha256::new();
-        let nbytes = shard.nbytes(&part.name)?;
-        for offset in (0..nbytes).step_by(PIECE) {
+        let Range { start, end } = part.range;
+        if end > shard.nbytes(&part.name)? {
+            return Ok(false);
+        }
+        for offset in (start..end).step_by(PIECE) {
             cancel.check()?;
-            let piece = &mut buffer[..PIECE.min(nbytes - offset)];
+            let piece = &mut buffer[..PIECE.min(end - offset)];
             shard.read_at(&part.name, offset, piece)?;
             hash.update(piece);
         }
@@ -154,7 +166,7 @@ pub fn verify(shard: &ShardWriter, parts: &[Part], cancel: &Cancel) -> Result<bo
 pub fn accept(shard: &ShardWriter, part: &Part) -> Result<()> {
     match &part.late {
         Some(bytes) => shard.write_late(&part.name, bytes),
-        None => shard.accept(&part.name),
+        None => shard.accept(&part.name, part.range.clone()),
     }
 }
 
@@ -177,6 +189,17 @@ pub fn source_hash<'a>(
         digests.extend((bytes.len() as u64).to_le_bytes());
     }
     Ok(XxHash3_128::oneshot(&digests).to_le_bytes())
+}
+
+/// The same of some bytes of a tensor.
+pub fn source_part_hash(source: &Checkpoint, name: &str, part: Range<usize>) -> Result<[u8; 16]> {
+    let bytes = source.bytes(name)?;
+    let bytes = bytes.get(part.clone()).ok_or_else(|| Error::SizeMismatch {
+        what: format!("bytes of tensor {name:?}"),
+        expected: part.end,
+        actual: bytes.len(),
+    })?;
+    Ok(XxHash3_128::oneshot(&content_digests(bytes)?).to_le_bytes())
 }
 
 /// The same of a whole file.
@@ -208,7 +231,6 @@ fn piece_digests(bytes: &[u8]) -> Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Error;
     use crate::io::{EntryDType, FixedEntry, LateEntry};
     use crate::tensor::DType;
     use std::collections::BTreeMap;

@@ -1,15 +1,17 @@
-//! Huge tensors, one range of rows after the other: what is in memory at a time does
-//! not grow with the tensor.
+//! Huge tensors, of which a unit does a range of rows: what is in memory at a time, and
+//! what is done again when it is lost, do not grow with the tensor.
 
-use crate::error::Result;
+use std::ops::Range;
+
+use crate::error::{Error, Result};
 use crate::format::{Granularity, Input, Method, Spec};
 use crate::io::{Checkpoint, EntryDType, FixedEntry, ShardWriter};
-use crate::ops::metrics::{RUN, Seen};
-use crate::ops::{Cancel, quantize};
+use crate::ops::metrics::Seen;
+use crate::ops::{Cancel, pool, quantize};
 use crate::tensor::{DType, Tensor};
 
-use super::parts::{Stream, WINDOW};
-use super::{Done, PartWriter, Target, source_hash};
+use super::parts::{WINDOW, source_part_hash};
+use super::{Done, PartWriter, Target};
 
 /// A range begins at a multiple of so many rows, whatever packs codes of several.
 const ROWS: usize = 256;
@@ -17,8 +19,8 @@ const ROWS: usize = 256;
 /// How the rows of one tensor are taken apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ranges {
-    rows: usize,
-    at_once: usize,
+    /// Rows of each range but the last.
+    pub rows: usize,
     /// Bytes of the source and of the output that are there at once.
     pub bytes: usize,
 }
@@ -75,81 +77,100 @@ impl Ranges {
         }
         let bytes = at_once * (row + all.nbytes()?.div_ceil(rows));
         Ok(Some(Ranges {
-            rows,
-            at_once,
+            rows: at_once,
             bytes,
         }))
     }
+}
 
-    /// What [`quantize_into`](super::quantize_into) does, to the same bytes.
-    pub(super) fn quantize_into(
-        &self,
-        source: &Checkpoint,
-        name: &str,
-        target: &Target,
-        tensor: &Tensor,
-        shard: &ShardWriter,
-        cancel: &Cancel,
-    ) -> Result<Done> {
-        let spec = target.spec_for(tensor.shape())?;
-        let row = tensor.row_len() * tensor.dtype().size();
-        let entries = target.entries(name, EntryDType::Known(tensor.dtype()), tensor.shape())?;
+/// Quantizes a range of the rows that [`Ranges`] tell of, and writes what becomes of it to
+/// its places: the same bytes as when the tensor is done at once. What all rows share is
+/// written with the first of them.
+pub fn quantize_rows_into(
+    source: &Checkpoint,
+    name: &str,
+    rows: Range<usize>,
+    target: &Target,
+    shard: &ShardWriter,
+    cancel: &Cancel,
+) -> Result<Done> {
+    source.check_unchanged(name)?;
+    let tensor = source.tensor(name)?;
+    let spec = target.spec_for(tensor.shape())?;
+    let entries = target.entries(name, EntryDType::Known(tensor.dtype()), tensor.shape())?;
+    let x = tensor.rows(rows.clone())?;
+    let part = bytes_of(&tensor, &rows);
+    pool::run(|| {
+        let mut q = quantize::quantize(&x, &spec, cancel)
+            .map_err(|e| in_tensor(e, rows.start * tensor.row_len()))?;
+        let seen = Seen::of(&x, &q, cancel)?;
+        let bits_per_weight = q.bits_per_weight();
+        let source_hash = source_part_hash(source, name, part.clone())?;
+        // The source is done with: its pages go before the output's arrive.
+        source.give_back_part(name, part.clone())?;
+        if !entries.late.is_empty() {
+            // What is said of the whole tensor says its shape.
+            q.shape = tensor.shape().to_vec();
+        }
         let mut out = PartWriter::new(shard, cancel);
-        let mut streams: Vec<(Stream, usize)> = (entries.fixed.iter())
-            .map(|e| Ok((out.stream(&e.name), nbytes(e)?)))
-            .collect::<Result<_>>()?;
-        let mut late = Vec::new();
-        let (mut seen, mut bits) = (Seen::default(), 0.0);
-        for first in (0..self.rows).step_by(self.at_once) {
-            let last = (first + self.at_once).min(self.rows);
-            let x = tensor.rows(first..last)?;
-            let mut q = quantize::quantize(&x, &spec, cancel)?;
-            seen.add(&x, &q, cancel)?;
-            bits += q.nbytes() as f64 * 8.0;
-            source.give_back_part(name, first * row..last * row)?;
-            if !entries.late.is_empty() {
-                // What is said of the whole tensor says its shape.
-                q.shape = tensor.shape().to_vec();
+        for (written, bytes) in target.layout.spell(name, &q)? {
+            let Some(entry) = entries.fixed.iter().find(|e| e.name == written) else {
+                out.write_late(&written, &bytes)?;
+                continue;
+            };
+            let all = nbytes(entry)?;
+            let shared = all == bytes.len();
+            if !shared || rows.start == 0 {
+                let mut stream = out.stream_at(&written, all * rows.start / tensor.shape()[0]);
+                stream.write(&bytes)?;
+                out.end(stream);
             }
-            late.clear();
-            for (part, bytes) in target.layout.spell(name, &q)? {
-                match streams.iter_mut().find(|(s, _)| s.name() == part) {
-                    // Of a part that all rows share the first one is as good as any.
-                    Some((_, all)) if *all == bytes.len() && first > 0 => {}
-                    Some((stream, _)) => stream.write(&bytes)?,
-                    None => late.push((part, bytes.into_owned())),
-                }
-            }
-        }
-        for (stream, _) in streams {
-            out.end(stream);
-        }
-        for (part, bytes) in late {
-            out.write_late(&part, &bytes)?;
         }
         Ok(Done {
-            input_bytes: tensor.bytes().len(),
+            input_bytes: part.len(),
             output_bytes: out.bytes(),
-            elements: tensor.len(),
-            bits_per_weight: Some(bits / tensor.len() as f64),
+            elements: x.len(),
+            bits_per_weight: Some(bits_per_weight),
             metrics: Some(seen.metrics()),
+            seen: Some(seen),
             output_error: None,
-            source_hash: source_hash(source, [name])?,
+            source_hash,
             parts: out.into_parts(),
         })
+    })
+}
+
+/// A hash of the rows that such a range is made from.
+pub fn source_rows_hash(source: &Checkpoint, name: &str, rows: Range<usize>) -> Result<[u8; 16]> {
+    source_part_hash(source, name, bytes_of(&source.tensor(name)?, &rows))
+}
+
+/// An error of elements that come `before` others of their tensor.
+fn in_tensor(e: Error, before: usize) -> Error {
+    match e {
+        Error::NonFinite { nan, inf, first } => Error::NonFinite {
+            nan,
+            inf,
+            first: first + before as u64,
+        },
+        other => other,
     }
+}
+
+fn bytes_of(tensor: &Tensor, rows: &Range<usize>) -> Range<usize> {
+    let row = tensor.row_len() * tensor.dtype().size();
+    rows.start * row..rows.end * row
 }
 
 fn nbytes(entry: &FixedEntry) -> Result<usize> {
     entry.dtype.nbytes(&entry.shape)
 }
 
-/// Rows after which blocks, runs of the metrics and what packs rows all begin anew.
+/// Rows after which blocks and what packs rows both begin anew.
 fn step(columns: usize, block: usize) -> usize {
-    let rows_of = |elements: usize| elements / gcd(elements.max(1), columns.max(1));
-    [rows_of(RUN), rows_of(block.max(1))]
-        .into_iter()
-        .fold(ROWS, |a, b| a / gcd(a, b.max(1)) * b.max(1))
+    let block = block.max(1);
+    let rows = block / gcd(block, columns.max(1));
+    ROWS / gcd(ROWS, rows) * rows
 }
 
 fn gcd(a: usize, b: usize) -> usize {
@@ -169,15 +190,16 @@ fn rows_apart(spec: &Spec, shape: &[usize]) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::path::Path;
 
     use super::*;
     use crate::format::OptionValue;
-    use crate::unit::{Planned, create_shard, quantize_into};
+    use crate::unit::{Planned, create_shard, quantize_into, verify};
 
     const ROWS: usize = 2 * 1024 + 300;
     const COLUMNS: usize = 96 * 4;
 
-    fn source(dir: &std::path::Path) -> Checkpoint {
+    fn source(dir: &Path) -> Checkpoint {
         let values: Vec<u8> = (0..ROWS * COLUMNS)
             .map(|i| ((i * 7919 % 10_007) as f32 - 5000.0) * 1e-3)
             .flat_map(f32::to_le_bytes)
@@ -193,29 +215,74 @@ mod tests {
         Checkpoint::open(&path).unwrap()
     }
 
-    fn written(
-        path: &std::path::Path,
-        source: &Checkpoint,
-        name: &str,
-        target: &Target,
-        ranges: Option<Ranges>,
-    ) -> (Vec<u8>, Done) {
+    fn shard(path: &Path, source: &Checkpoint, name: &str, target: &Target) -> ShardWriter {
         let planned = vec![Planned {
             name: name.into(),
             quantize: true,
         }];
-        let shard = create_shard(path, source, Some(target), planned, BTreeMap::new()).unwrap();
+        create_shard(path, source, Some(target), planned, BTreeMap::new()).unwrap()
+    }
+
+    /// The file when the tensor is done at once and by ranges, the last one first, is the
+    /// same; the second is known again range by range.
+    fn same_bytes(dir: &Path, source: &Checkpoint, name: &str, target: &Target, most: usize) {
+        let what = &target.spec.format;
+        let tensor = source.tensor(name).unwrap();
+        let ranges = Ranges::of_at_most(most, target, name, tensor.dtype(), tensor.shape());
+        let ranges = ranges
+            .unwrap()
+            .unwrap_or_else(|| panic!("{what}: not apart"));
+        assert!(ranges.bytes < 2 * most);
         let cancel = Cancel::new();
-        let done = match ranges {
-            None => quantize_into(source, name, target, None, &shard, &cancel),
-            Some(ranges) => {
-                let tensor = source.tensor(name).unwrap();
-                ranges.quantize_into(source, name, target, &tensor, &shard, &cancel)
-            }
-        };
-        let done = done.unwrap();
-        shard.finish().unwrap();
-        (std::fs::read(path).unwrap(), done)
+
+        let whole = shard(&dir.join("whole"), source, name, target);
+        let seen = quantize_into(source, name, target, None, &whole, &cancel).unwrap();
+        whole.finish().unwrap();
+
+        let rows = tensor.shape()[0];
+        let starts: Vec<usize> = (0..rows).step_by(ranges.rows).collect();
+        let range = |first: usize| first..(first + ranges.rows).min(rows);
+        let apart = shard(&dir.join("apart"), source, name, target);
+        let done: Vec<Done> = (starts.iter().rev())
+            .map(|&first| {
+                assert!(apart.finish().is_err(), "{what}: not all is there");
+                let rows = range(first);
+                quantize_rows_into(source, name, rows, target, &apart, &cancel).unwrap()
+            })
+            .collect();
+        apart.finish().unwrap();
+        let bytes = |file| std::fs::read(dir.join(file)).unwrap();
+        assert!(bytes("whole") == bytes("apart"), "{what}");
+        for (done, &first) in done.iter().rev().zip(&starts) {
+            let hash = source_rows_hash(source, name, range(first)).unwrap();
+            assert_eq!(done.source_hash, hash);
+        }
+
+        let sum = |of: fn(&Done) -> usize| done.iter().map(of).sum::<usize>();
+        assert_eq!(sum(|d| d.input_bytes), seen.input_bytes);
+        assert_eq!(sum(|d| d.elements), seen.elements);
+        let together = (done.iter())
+            .map(|d| Seen::from_numbers(d.seen.unwrap().to_numbers()))
+            .fold(Seen::default(), Seen::and)
+            .metrics();
+        let close = |a: f64, b: f64| assert!((a - b).abs() <= 1e-12 * b.abs(), "{what}: {a} {b}");
+        let metrics = seen.metrics.unwrap();
+        close(together.mse, metrics.mse);
+        close(together.sqnr_db, metrics.sqnr_db);
+        close(together.cosine, metrics.cosine);
+        assert_eq!(together.max_error, metrics.max_error);
+
+        let again = shard(&dir.join("apart"), source, name, target);
+        for done in &done {
+            assert!(again.finish().is_err());
+            assert!(verify(&again, &done.parts, &cancel).unwrap(), "{what}");
+        }
+        again.finish().unwrap();
+        let other = shard(&dir.join("apart"), source, name, target);
+        let part = done.iter().flat_map(|d| &d.parts).find(|p| p.range.start > 0);
+        let part = part.unwrap();
+        other.write_at(&part.name, part.range.start, &[1, 2, 3, 4]).unwrap();
+        assert!(!verify(&other, std::slice::from_ref(part), &cancel).unwrap());
     }
 
     #[test]
@@ -232,35 +299,7 @@ mod tests {
             ("int4", "mlx", mse),
         ] {
             let target = Target::resolve(format, options, Some(layout)).unwrap();
-            let shape = [ROWS, COLUMNS];
-            let of = |most| Ranges::of_at_most(most, &target, "a.weight", DType::F32, &shape);
-            let ranges = of(1 << 20).unwrap();
-            let ranges = ranges.unwrap_or_else(|| panic!("{format} in {layout}: not apart"));
-            assert!(ranges.at_once < ROWS && !ROWS.is_multiple_of(ranges.at_once));
-            assert!(ranges.bytes < 2 << 20);
-            let (whole, seen) = written(
-                &dir.path().join("whole"),
-                &source,
-                "a.weight",
-                &target,
-                None,
-            );
-            let (apart, done) = written(
-                &dir.path().join("apart"),
-                &source,
-                "a.weight",
-                &target,
-                Some(ranges),
-            );
-            assert!(whole == apart, "{format} in {layout}");
-            assert_eq!(done.metrics, seen.metrics);
-            assert_eq!(done.bits_per_weight, seen.bits_per_weight);
-            assert_eq!(done.source_hash, seen.source_hash);
-            let by_name = |mut parts: Vec<crate::unit::Part>| {
-                parts.sort_by(|a, b| a.name.cmp(&b.name));
-                parts
-            };
-            assert_eq!(by_name(done.parts), by_name(seen.parts));
+            same_bytes(dir.path(), &source, "a.weight", &target, 1 << 20);
         }
     }
 
@@ -272,24 +311,10 @@ mod tests {
             "/../../examples/models/viva-tiny"
         );
         let source = Checkpoint::open(model).unwrap();
-        let name = "model.embed_tokens.weight";
         for format in ["q8_0", "q4_0", "q4_k", "q6_k"] {
             let target = Target::resolve(format, vec![], Some("gguf")).unwrap();
-            let tensor = source.tensor(name).unwrap();
-            let ranges = Ranges::of_at_most(1 << 17, &target, name, tensor.dtype(), tensor.shape());
-            let ranges = ranges
-                .unwrap()
-                .unwrap_or_else(|| panic!("{format}: not apart"));
-            let (whole, seen) = written(&dir.path().join("whole"), &source, name, &target, None);
-            let (apart, done) = written(
-                &dir.path().join("apart"),
-                &source,
-                name,
-                &target,
-                Some(ranges),
-            );
-            assert!(whole == apart, "{format}");
-            assert_eq!((done.metrics, done.parts), (seen.metrics, seen.parts));
+            let name = "model.embed_tokens.weight";
+            same_bytes(dir.path(), &source, name, &target, 1 << 17);
         }
     }
 
