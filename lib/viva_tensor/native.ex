@@ -94,7 +94,7 @@ defmodule VivaTensor.Native do
     shard_index: [:shards],
     plan_shards: [:sizes, :max_shard_size],
     shard_name: [:index, :count],
-    unit_quantize: [:checkpoint, :name, :rows, :spec, :observed, :shard, :cancel],
+    unit_quantize: [:checkpoint, :name_and_rows, :spec, :observed, :shard, :cancel],
     sums_metrics: [:sums],
     unit_keep: [:checkpoint, :name, :spec, :observed, :shard, :cancel],
     unit_convert: [:checkpoint, :name, :conversion, :shard, :cancel],

@@ -4,7 +4,8 @@
 #     ... run.exs --seed 7 --moments 50
 #
 # - SIGKILL at seeded random moments across a job, as many as asked for, and half as many
-#   across one that compresses vectors,
+#   across one that compresses vectors, and a fifth across one of a huge tensor, of which
+#   units do ranges of rows,
 # - SIGKILL before every sync, rename and unlink of a job, once as it is and once with
 #   everything lost that was not synced, as a power cut does it; of both, and of a job that
 #   replaces an output, which is there as it was until the new one is,
@@ -94,20 +95,28 @@ try do
   redone = random |> Enum.map(& &1.redone) |> Enum.max()
   rows = [done.("SIGKILL at random moments", random, redone)]
 
+  matrix = Faults.huge!(Path.join(root, "huge/model.safetensors"))
+  huge = Faults.scene!(Path.join(root, "huge/out"), matrix, format: :int8)
   vectors = Faults.vectors!(Path.join(root, "source/vectors.npy"), 5)
   codes = [codes: :binary, rescore: :none, queries: 5]
   streamed = Faults.scene!(Path.join(root, "vectors"), vectors, codes)
-  long = Enum.min(for _ <- 1..2, do: Faults.duration(streamed))
 
-  random =
-    until.(div(moments, 2), fn ->
-      run = Faults.killed_after(streamed, :rand.uniform(long))
-      if run.redone > streamed.may_redo, do: raise("#{run.redone} bytes were done again")
-      run
-    end)
+  rows =
+    for {scene, of, part} <- [{streamed, "vectors", 2}, {huge, "a huge tensor", 5}],
+        reduce: rows do
+      rows ->
+        long = Enum.min(for _ <- 1..2, do: Faults.duration(scene))
 
-  redone = random |> Enum.map(& &1.redone) |> Enum.max()
-  rows = rows ++ [done.("SIGKILL at random moments, vectors", random, redone)]
+        random =
+          until.(div(moments, part), fn ->
+            run = Faults.killed_after(scene, :rand.uniform(long))
+            if run.redone > scene.may_redo, do: raise("#{run.redone} bytes were done again")
+            run
+          end)
+
+        redone = random |> Enum.map(& &1.redone) |> Enum.max()
+        rows ++ [done.("SIGKILL at random moments, #{of}", random, redone)]
+    end
 
   damaged =
     until.(div(moments, 4), fn ->
@@ -135,7 +144,12 @@ try do
         replacing = Faults.scene!(Path.join(root, "replacing"), model, whole)
 
         for {what, opts} <- [{"SIGKILL", []}, {"power cut", [power: :cut]}],
-            {scene, of} <- [{tiny, ""}, {replacing, ", replacing"}, {streamed, ", vectors"}],
+            {scene, of} <- [
+              {tiny, ""},
+              {replacing, ", replacing"},
+              {streamed, ", vectors"},
+              {huge, ", a huge tensor"}
+            ],
             reduce: rows do
           rows ->
             runs = every_boundary.(scene, library, opts)

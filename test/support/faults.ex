@@ -30,7 +30,7 @@ defmodule VivaTensor.Test.Faults do
     {:ok, _report} = Job.await(job)
     digests = Jobs.digests(calm)
     File.rm_rf!(calm)
-    sizes = Map.new(rows(job), &{&1.name, &1.input_bytes})
+    sizes = for row <- rows(job), unit <- units(row), into: %{}, do: unit
 
     %{
       dir: dir,
@@ -51,6 +51,16 @@ defmodule VivaTensor.Test.Faults do
       0 -> []
     end
   end
+
+  # What each unit of a row is called, and the bytes that it reads.
+  defp units(%{ranges: ranges} = row) do
+    for %{rows: [first, last]} <- ranges do
+      unit = Jobs.called(%{name: row.name, rows: {first, last}})
+      {unit, div(row.input_bytes, hd(row.shape)) * (last - first)}
+    end
+  end
+
+  defp units(row), do: [{row.name, row.input_bytes}]
 
   @doc "A matrix of vectors in f16, 8 MB for each of `count` pieces, and a bit."
   def vectors!(path, count) do
@@ -88,6 +98,14 @@ defmodule VivaTensor.Test.Faults do
       end
 
     Safetensors.write!(path, tensors)
+  end
+
+  @doc "A checkpoint of one matrix of 160 MB, of which a unit does 64 MiB, and a small one."
+  def huge!(path) do
+    noise = Safetensors.normal(100_003, 1)
+    bytes = noise |> :binary.copy(410) |> binary_part(0, 4 * 40_000 * 1024)
+    norm = {"norm.weight", "F32", [64], Safetensors.normal(64, 4)}
+    Safetensors.write!(path, [{"huge.weight", "F32", [40_000, 1024], bytes}, norm])
   end
 
   @doc """
@@ -363,7 +381,7 @@ defmodule VivaTensor.Test.Faults do
 
     if log do
       event = [:viva_tensor, :unit, :stop]
-      write = fn _, _, unit, _ -> File.write!(log, unit.name <> "\n", [:append]) end
+      write = fn _, _, unit, _ -> File.write!(log, Jobs.called(unit) <> "\n", [:append]) end
       :ok = Telemetry.attach(:log, [event], write)
     end
 

@@ -163,12 +163,16 @@ defmodule VivaTensor.Test.Jobs do
     end
   end
 
-  @doc "The names of the units that are really done while `fun` runs, and its result."
+  @doc "What a unit is called, by what telemetry tells of it."
+  def called(%{rows: {first, last}, name: name}), do: "#{name} #{first} #{last}"
+  def called(%{name: name}), do: name
+
+  @doc "What the units are called that are really done while `fun` runs, and its result."
   def units_done(fun) do
     test = self()
     id = make_ref()
     event = [:viva_tensor, :unit, :stop]
-    :ok = Telemetry.attach(id, [event], fn _, _, unit, _ -> send(test, {id, unit.name}) end)
+    :ok = Telemetry.attach(id, [event], fn _, _, unit, _ -> send(test, {id, called(unit)}) end)
     result = fun.()
     Telemetry.detach(id)
     {Enum.sort(received(id)), result}

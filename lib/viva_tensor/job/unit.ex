@@ -147,7 +147,8 @@ defmodule VivaTensor.Job.Unit do
     result =
       case {work, unit.action} do
         {{:quantize, spec, observed}, :quantize} ->
-          Native.unit_quantize(checkpoint, unit.name, unit.rows, spec, observed, shard, cancel)
+          tensor = {unit.name, unit.rows}
+          Native.unit_quantize(checkpoint, tensor, spec, observed, shard, cancel)
 
         {{:quantize, spec, observed}, :keep} ->
           Native.unit_keep(checkpoint, unit.name, spec, observed, shard, cancel)

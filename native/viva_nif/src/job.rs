@@ -196,12 +196,12 @@ fn shard_create(
     Ok(ShardRef::new(ShardResource(shard)))
 }
 
+/// Quantizes and writes a tensor, or `{first, after_last}` of its rows.
 #[rustler::nif(schedule = "DirtyCpu")]
 fn unit_quantize<'a>(
     env: Env<'a>,
     source: CheckpointRef,
-    name: String,
-    rows: Option<(usize, usize)>,
+    (name, rows): (String, Option<(usize, usize)>),
     target: TargetRef,
     observed: Option<ObservedRef>,
     shard: ShardRef,

@@ -279,9 +279,14 @@ mod tests {
         }
         again.finish().unwrap();
         let other = shard(&dir.join("apart"), source, name, target);
-        let part = done.iter().flat_map(|d| &d.parts).find(|p| p.range.start > 0);
+        let part = done
+            .iter()
+            .flat_map(|d| &d.parts)
+            .find(|p| p.range.start > 0);
         let part = part.unwrap();
-        other.write_at(&part.name, part.range.start, &[1, 2, 3, 4]).unwrap();
+        other
+            .write_at(&part.name, part.range.start, &[1, 2, 3, 4])
+            .unwrap();
         assert!(!verify(&other, std::slice::from_ref(part), &cancel).unwrap());
     }
 
