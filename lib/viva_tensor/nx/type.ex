@@ -72,12 +72,12 @@ defmodule VivaTensor.Nx.Type do
   end
 
   @doc "The elements of a bitstring, a byte each where they are narrower."
-  def bytes(bits, {:s, size}) when size in [2, 4],
-    do: for(<<x::signed-size(size) <- bits>>, into: <<>>, do: <<x>>)
-
-  def bytes(bits, {:u, size}) when size in [2, 4],
-    do: for(<<x::size(size) <- bits>>, into: <<>>, do: <<x>>)
-
+  # One size is spelled for each since a variable one is matched as ^size from Elixir 1.20
+  # on, and not before.
+  def bytes(bits, {:s, 2}), do: for(<<x::signed-2 <- bits>>, into: <<>>, do: <<x>>)
+  def bytes(bits, {:s, 4}), do: for(<<x::signed-4 <- bits>>, into: <<>>, do: <<x>>)
+  def bytes(bits, {:u, 2}), do: for(<<x::2 <- bits>>, into: <<>>, do: <<x>>)
+  def bytes(bits, {:u, 4}), do: for(<<x::4 <- bits>>, into: <<>>, do: <<x>>)
   def bytes(binary, _type), do: binary
 
   defp name({:f8_e4m3fn, 8}), do: "f8_e4m3fn"
