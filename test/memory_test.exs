@@ -18,6 +18,15 @@ defmodule MemoryTest do
     assert {:error, %Error{reason: {:released, _}}} = VivaTensor.quantize(tensor, :int8)
   end
 
+  test "a binary is taken out of a tensor by many at once" do
+    binary = :binary.copy(<<0.5::float-32-little>>, 100_000)
+    tensor = Tensor.from_binary!(binary, :f32, [100_000])
+
+    1..2_000
+    |> Task.async_stream(fn _ -> Tensor.to_binary!(tensor) == binary end, max_concurrency: 16)
+    |> Enum.each(&assert &1 == {:ok, true})
+  end
+
   test "a tensor over a binary becomes that binary, and a part of one that part" do
     whole = :binary.copy(<<1.0::float-32-little>>, 16_000_000)
     <<_::binary-size(8), part::binary-size(4_000_000), _::binary>> = whole

@@ -7,6 +7,9 @@ defmodule VivaTensor.Nx do
   return `:missing_library`. Everything but products inside `defn` works with older
   releases too; `Nx.runtime_call/4`, which these need, came with 0.11.
 
+  An application that had viva_tensor before it had Nx compiles it once more, with
+  `mix deps.compile viva_tensor --force`: what lets weights into `defn` is in it only then.
+
   ## Types
 
   | Nx | `VivaTensor.Tensor` |
