@@ -157,7 +157,7 @@ defmodule VivaTensor.GleamTest do
     end
 
     defp gleam(dir, arguments) do
-      System.cmd(@gleam, arguments, cd: dir, stderr_to_stdout: true)
+      System.cmd(@gleam || "gleam", arguments, cd: dir, stderr_to_stdout: true)
     end
 
     # Plain Erlang, with what a user has on the path.
