@@ -65,6 +65,18 @@ defmodule VivaTensor.ClusterTest do
     end
   end
 
+  test "the rows of a huge tensor are done by several", c do
+    opts = [source: Faults.huge!(Path.join(c.dir, "huge/model.safetensors")), format: :int8]
+    {:ok, _} = run([to: Path.join(c.dir, "calm")] ++ opts)
+    peer = peer!()
+    {job, {worker, "huge.weight"}} = held_on!(peer, [to: c.to, max_concurrency: 1] ++ opts)
+    send(worker, :go)
+    {:ok, report} = release_while(fn -> Job.await(job) end)
+    assert digests(c.to) == digests(Path.join(c.dir, "calm"))
+    nodes = for range <- row(report, "huge.weight").ranges, do: range.node
+    assert peer.node in nodes and nil in nodes
+  end
+
   test "what was chosen for groups of weights, and what was done before, is known there", c do
     peer = peer!()
     seen = Path.join(c.dir, "seen.safetensors")

@@ -3,14 +3,14 @@ defmodule VivaTensor.Job.RangesTest do
   # tests watch units through telemetry.
   use ExUnit.Case, async: false
 
-  import VivaTensor.Test.Faults, only: [flip: 2]
+  import VivaTensor.Test.Faults, only: [flip: 2, huge!: 1, huge!: 2]
   import VivaTensor.Test.Jobs
 
   alias VivaTensor.{Error, Job, Native, Telemetry, Tensor}
   alias VivaTensor.Job.{Manifest, Ranges, Unit}
   alias VivaTensor.Test.{Directory, Safetensors}
 
-  @name "model.proj.weight"
+  @name "huge.weight"
   @columns 1024
   # A range has 64 MiB: these are two and a part of a third.
   @rows 40_000
@@ -20,15 +20,6 @@ defmodule VivaTensor.Job.RangesTest do
     dir = Directory.create!()
     source = Path.join(dir, "in/model.safetensors")
     {:ok, dir: dir, source: source, to: Path.join(dir, "out"), calm: Path.join(dir, "calm")}
-  end
-
-  # No two rows are the same, nor are any two ranges.
-  defp write!(path, change \\ & &1) do
-    File.mkdir_p!(Path.dirname(path))
-    noise = Safetensors.normal(100_003, 1)
-    bytes = noise |> :binary.copy(410) |> binary_part(0, 4 * @rows * @columns)
-    norm = {"model.norm.weight", "F32", [64], Safetensors.normal(64, 4)}
-    Safetensors.write!(path, [{@name, "F32", [@rows, @columns], change.(bytes)}, norm])
   end
 
   defp poison(bytes), do: Safetensors.poison(bytes, 33_000 * @columns, :nan)
@@ -55,7 +46,7 @@ defmodule VivaTensor.Job.RangesTest do
   defp partial(c), do: Path.join(c.dir, ".out.partial")
 
   test "each range is a unit, and their tensor one of the report", c do
-    write!(c.source)
+    huge!(c.source)
     opts = [source: c.source, format: :nf4, double_quant: false, notify: self()]
     {done, {:ok, report}} = ranges_done(fn -> run([to: c.to] ++ opts) end)
     assert done == @ranges
@@ -87,7 +78,7 @@ defmodule VivaTensor.Job.RangesTest do
   end
 
   test "a killed job does again what was not recorded, and what is damaged", c do
-    write!(c.source)
+    huge!(c.source)
     opts = [source: c.source, format: :nf4, double_quant: false]
     {:ok, calm} = run([to: c.calm] ++ opts)
     interrupt!([to: c.to] ++ opts, 2)
@@ -107,7 +98,7 @@ defmodule VivaTensor.Job.RangesTest do
   end
 
   test "a source that was only touched is gone on with, another is refused", c do
-    write!(c.source)
+    huge!(c.source)
     interrupt!([to: c.to, source: c.source, format: :int8], 2)
     content = File.read!(c.source)
     File.write!(c.source, flip(content, 100_000_000))
@@ -124,12 +115,12 @@ defmodule VivaTensor.Job.RangesTest do
   end
 
   test "a range that cannot be done puts its tensor aside, once", c do
-    write!(c.source, &poison/1)
+    huge!(c.source, &poison/1)
     opts = [source: c.source, to: c.to, format: :int8]
     assert {:partial, report} = run(opts)
     assert [%{name: @name, attempts: 3, reason: reason}] = report.quarantined
     assert reason =~ "1 NaN" and reason =~ "the first at element #{33_000 * @columns}"
-    assert [%{name: "model.norm.weight"}] = report.tensors
+    assert [%{name: "norm.weight"}] = report.tensors
 
     {_, {:ok, report}} = ranges_done(fn -> resume(c, non_finite: :keep) end)
     assert %{action: :keep, reason: reason} = row(report, @name)
@@ -138,7 +129,7 @@ defmodule VivaTensor.Job.RangesTest do
   end
 
   test "a worker that dies is followed by another", c do
-    write!(c.source)
+    huge!(c.source)
     {:ok, _} = run(source: c.source, to: c.calm, format: :int8)
 
     at_unit_start(fn unit ->
@@ -152,11 +143,11 @@ defmodule VivaTensor.Job.RangesTest do
 
   test "what memory a range takes does not grow with its tensor", c do
     {:ok, spec} = VivaTensor.Recipe.spec(VivaTensor.Recipe.new!(:int8))
-    write!(c.source)
+    huge!(c.source)
     {:ok, checkpoint} = Native.checkpoint_open(c.source)
     assert {:ok, {16_384, bytes}} = Native.plan_rows(spec, checkpoint.ref, @name)
     assert bytes in (64 * 1024 * 1024)..(96 * 1024 * 1024)
-    assert {:ok, nil} = Native.plan_rows(spec, checkpoint.ref, "model.norm.weight")
+    assert {:ok, nil} = Native.plan_rows(spec, checkpoint.ref, "norm.weight")
   end
 
   defp resume(c, opts \\ []) do

@@ -100,12 +100,15 @@ defmodule VivaTensor.Test.Faults do
     Safetensors.write!(path, tensors)
   end
 
-  @doc "A checkpoint of one matrix of 160 MB, of which a unit does 64 MiB, and a small one."
-  def huge!(path) do
+  @doc """
+  A checkpoint of one matrix of 160 MB, of which a unit does 64 MiB, and a small one.
+  """
+  def huge!(path, change \\ & &1) do
+    # No two rows are the same, nor are any two ranges.
     noise = Safetensors.normal(100_003, 1)
     bytes = noise |> :binary.copy(410) |> binary_part(0, 4 * 40_000 * 1024)
     norm = {"norm.weight", "F32", [64], Safetensors.normal(64, 4)}
-    Safetensors.write!(path, [{"huge.weight", "F32", [40_000, 1024], bytes}, norm])
+    Safetensors.write!(path, [{"huge.weight", "F32", [40_000, 1024], change.(bytes)}, norm])
   end
 
   @doc """
