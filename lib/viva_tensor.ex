@@ -21,6 +21,8 @@ defmodule VivaTensor do
     * `VivaTensor.Job`: supervised compression of a checkpoint, or its conversion to
       another layout (`VivaTensor.Conversion`).
     * `VivaTensor.Vectors`: embedding vectors as codes, and searches in them.
+    * `VivaTensor.Nx`, `VivaTensor.Axon`, `VivaTensor.Bumblebee`: tensors, models and
+      checkpoints of those, where they are there.
   """
 
   alias VivaTensor.{Calibration, Error, Native, Options, Packed, Quantized, Tensor}

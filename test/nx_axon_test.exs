@@ -62,7 +62,7 @@ if Code.ensure_loaded?(Axon) do
           refute "kernel" in rest.parameters[name]
         end
 
-        # What is left can be trained no more, but still be frozen, updated and saved.
+        # What is left can still be frozen and saved.
         assert %Axon.ModelState{} = Axon.ModelState.freeze(rest)
 
         assert Axon.predict(quantized, rest |> Nx.serialize() |> Nx.deserialize(), x) ==
@@ -122,6 +122,24 @@ if Code.ensure_loaded?(Axon) do
       half = Axon.MixedPrecision.apply_policy(model, policy)
       {quantized, rest} = VivaTensor.Axon.quantize_model!(half, state, :int8)
       assert quantized |> Axon.predict(rest, x) |> Nx.type() == {:bf, 16}
+    end
+
+    test "what is left is trained as it would be with those kernels" do
+      model = model()
+      state = built(model)
+      x = normal({3, 64})
+
+      gradients = fn model, state ->
+        {_init, predict} = Axon.build(model)
+        Nx.Defn.grad(state, fn state -> state |> predict.(x) |> Nx.pow(2) |> Nx.sum() end).data
+      end
+
+      {quantized, rest} = VivaTensor.Axon.quantize_model!(model, state, :int8)
+      expected = gradients.(model, dequantized(state, @all, :int8))
+
+      for {layer, parameters} <- gradients.(quantized, rest), {name, gradient} <- parameters do
+        assert_close(gradient, expected[layer][name])
+      end
     end
 
     test "integers come in as floats" do

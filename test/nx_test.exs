@@ -294,6 +294,35 @@ if Code.ensure_loaded?(Nx) do
         assert VivaTensor.Nx.dot!(x, c.q, compute: :int8) == VivaTensor.Nx.dot!(x, packed)
       end
 
+      test "have gradients, which go through the weight", c do
+        w = VivaTensor.Nx.dequantize!(c.q)
+
+        for x <- [normal({5, 64}, names: [:row, nil]), normal({2, 3, 64}), normal({64})] do
+          loss = fn x, bias, dense -> x |> Nx.sin() |> dense.(bias) |> Nx.pow(2) |> Nx.sum() end
+          ours = &VivaTensor.Nx.dense!(&1, c.q, &2)
+          theirs = fn x, bias -> x |> Nx.dot([-1], w, [1]) |> Nx.add(bias) end
+          gradients = Nx.Defn.grad({x, c.bias}, fn {x, bias} -> loss.(x, bias, ours) end)
+          expected = Nx.Defn.grad({x, c.bias}, fn {x, bias} -> loss.(x, bias, theirs) end)
+          assert_close(elem(gradients, 0), elem(expected, 0))
+          assert_close(elem(gradients, 1), elem(expected, 1))
+
+          # What is not traced has none.
+          alone = Nx.Defn.grad(x, &loss.(&1, c.bias, ours))
+          assert_close(alone, elem(expected, 0))
+        end
+
+        x = {2, 5, 64} |> normal() |> Nx.vectorize(:batch)
+        sum = fn y -> y |> Nx.pow(2) |> Nx.sum() end
+        gradient = Nx.Defn.grad(x, &sum.(VivaTensor.Nx.dot!(&1, c.q)))
+        assert_close(gradient, Nx.Defn.grad(x, &sum.(Nx.dot(&1, [-1], w, [1]))))
+
+        packed = VivaTensor.prepack!(c.q)
+
+        assert_raise Error, ~r/no gradient goes through packed/, fn ->
+          Nx.Defn.grad(normal({64}), &sum.(VivaTensor.Nx.dot!(&1, packed)))
+        end
+      end
+
       test "that cannot be are refused while they are traced, and alike outside", c do
         x = normal({2, 64})
 

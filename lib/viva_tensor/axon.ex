@@ -25,8 +25,9 @@ defmodule VivaTensor.Axon do
   The model with its dense layers multiplying with quantized kernels, straight from the
   codes, and its state without those kernels, which the model itself holds now.
 
-  Layers keep their names, hooks and policies. The model is for inference: no gradient goes
-  through a quantized layer. Layers in a block or a namespace stay as they are.
+  Layers keep their names, hooks and policies. Quantized kernels are not trained; gradients
+  go through them to what is left in the state. Layers in a block or a namespace stay as
+  they are.
 
   Options are those of `VivaTensor.quantize/3` for the format, and
 

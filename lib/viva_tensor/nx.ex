@@ -52,7 +52,9 @@ defmodule VivaTensor.Nx do
   passes through `defn` as it is, and `dot/3` and `dense/4` become a call of native code
   in the computation, whose result's shape and type are known, and checked, while it is
   traced. As `defn` returns tensors, there they return no `{:ok, tensor}`: they are
-  `dot!/3` and `dense!/4`. No gradient goes through them.
+  `dot!/3` and `dense!/4`. Gradients go through a `VivaTensor.Quantized`, whose values are
+  there as floats for that moment, to what it multiplies and to the bias; the weight itself
+  is not trained.
 
   A compiler that caches what it compiled, such as EXLA, compiles once for each weight, and
   keeps it.

@@ -3,7 +3,7 @@ defmodule VivaTensor.Nx.Product do
   # A product with a quantized weight: now, or as a call in a computation that is traced.
 
   alias VivaTensor.{Error, Options, Packed, Quantized}
-  alias VivaTensor.Nx.Type
+  alias VivaTensor.Nx.{Gradient, Type}
 
   @compile {:no_warn_undefined, Nx}
 
@@ -31,7 +31,8 @@ defmodule VivaTensor.Nx.Product do
   defp run(operands, call, template) do
     if operands |> Tuple.to_list() |> Enum.any?(&traced?/1) do
       with {:ok, template} <- template.() do
-        {:ok, Nx.runtime_call(template, operands, call, &__MODULE__.multiply!/2)}
+        y = Nx.runtime_call(template, operands, call, &__MODULE__.multiply!/2)
+        {:ok, Gradient.through(y, operands, call[:weight])}
       end
     else
       multiply(operands, call)
