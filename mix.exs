@@ -11,6 +11,9 @@ defmodule VivaTensor.MixProject do
   @nx_ebin "VIVA_TENSOR_NX_EBIN" |> System.get_env("") |> String.split(":", trim: true)
   Enum.each(@nx_ebin, &Code.prepend_path/1)
 
+  @guides ~w(getting-started choosing-a-format compressing-a-checkpoint calibrating) ++
+            ~w(embeddings running-a-cluster from-python internals)
+
   def project do
     [
       app: :viva_tensor,
@@ -78,15 +81,59 @@ defmodule VivaTensor.MixProject do
     [
       main: "readme",
       extras:
-        ["README.md", "docs/formats.md" | Path.wildcard("docs/formats/*.md")] ++
+        ["README.md" | Enum.map(@guides, &"docs/guides/#{&1}.md")] ++
+          ["docs/cheatsheet.cheatmd", "docs/formats.md" | Path.wildcard("docs/formats/*.md")] ++
           ["docs/methods.md", "docs/layouts.md", "docs/jobs.md", "docs/vectors.md"] ++
           ["docs/nx.md", "docs/gleam.md", "docs/erlang.md"] ++
           ["docs/kernels.md"] ++
           ["docs/adding-a-format.md"] ++
           ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"],
-      groups_for_extras: [Formats: ~r"docs/formats"]
+      groups_for_extras: [
+        Guides: ~r"docs/guides",
+        Formats: ~r"docs/formats",
+        Notebooks: ~r"notebooks/"
+      ],
+      groups_for_modules: modules(),
+      before_closing_body_tag: &before_closing_body_tag/1
     ]
   end
+
+  # The functions of those before "Command line" are all shown by examples that are run.
+  defp modules do
+    [
+      Tensors: [VivaTensor | in_order(~w(Tensor Quantized Packed Checkpoint Calibration Error))],
+      Jobs: in_order(~w(Job Job.Status Job.Queue Recipe Conversion Report Telemetry)),
+      Measuring: in_order(~w(Compare Plan Plot Page Table Size)),
+      Vectors: in_order(~w(Vectors Vectors.Recipe Vectors.Report)),
+      Nx: in_order(~w(Nx Axon Bumblebee)),
+      "Command line": ~r/^VivaTensor\.CLI/,
+      "Inside a job": ~r/^VivaTensor\.Job\./,
+      "Inside the rest": ~r/^VivaTensor\./
+    ]
+  end
+
+  defp in_order(names), do: Enum.map(names, &Module.concat(VivaTensor, &1))
+
+  # Diagrams are drawn in the browser.
+  defp before_closing_body_tag(:html) do
+    """
+    <script defer src="https://cdn.jsdelivr.net/npm/mermaid@11/dist/mermaid.min.js"></script>
+    <script>
+      addEventListener("exdoc:loaded", () => {
+        const dark = document.body.className.includes("dark");
+        mermaid.initialize({ startOnLoad: false, theme: dark ? "dark" : "default" });
+        document.querySelectorAll("pre code.mermaid").forEach(async (code, n) => {
+          const { svg } = await mermaid.render("diagram-" + n, code.textContent);
+          const figure = document.createElement("figure");
+          figure.innerHTML = svg;
+          code.parentElement.replaceWith(figure);
+        });
+      });
+    </script>
+    """
+  end
+
+  defp before_closing_body_tag(_epub), do: ""
 
   defp workspace(key) do
     [_line, value] = Regex.run(~r/^#{key} = "(.+)"$/m, @workspace)

@@ -3,13 +3,13 @@ defmodule VivaTensor.DocsTest do
   use ExUnit.Case, async: false
 
   alias VivaTensor.{Checkpoint, Job, Quantized, Recipe, Tensor}
-  alias VivaTensor.Test.Directory
+  alias VivaTensor.Test.{Directory, Examples}
 
   Code.require_file("bench/formats_table.exs")
 
   @model "examples/models/viva-tiny"
   @weight "model.layers.0.mlp.up_proj.weight"
-  @pages ["README.md" | Path.wildcard("docs/**/*.md")]
+  @pages ["README.md" | Path.wildcard("docs/**/*.{md,cheatmd}")]
 
   # What the examples of a page need that may not be here.
   @needs %{"docs/nx.md" => [Nx, Axon]}
@@ -24,32 +24,13 @@ defmodule VivaTensor.DocsTest do
     end
 
     test "the examples of #{page} run" do
-      blocks = unquote(page) |> File.read!() |> examples()
-      root = File.cwd!()
-      dir = Directory.create!()
-      File.ln_s!(Path.join(root, "examples"), Path.join(dir, "examples"))
-
-      File.cd!(dir, fn ->
-        Enum.reduce(blocks, {[], Code.env_for_eval(file: unquote(page))}, &run/2)
-      end)
+      Examples.run(unquote(page), shown(unquote(page)))
     end
   end
 
-  # The Elixir of a page, each block with the line before it.
-  defp examples(text) do
-    for [{at, _}, {from, length}] <-
-          Regex.scan(~r/^```elixir\n(.*?)^```$/ms, text, return: :index) do
-      line = text |> binary_part(0, at) |> String.split("\n") |> length()
-      {line + 1, binary_part(text, from, length)}
-    end
-  end
-
-  # Blocks of a page follow one another, as they do for who reads it.
-  defp run({line, code}, {binding, env}) do
-    quoted = Code.string_to_quoted!(code, file: env.file, line: line)
-    {_result, binding, env} = Code.eval_quoted_with_env(quoted, binding, env)
-    {binding, env}
-  end
+  # What is typed in guides is run too. Of other pages the tests of their languages run it.
+  defp shown("docs/guides/" <> _ = page), do: Examples.blocks(page)
+  defp shown(page), do: Examples.blocks(page, "elixir")
 
   # Indented commands of the README that print what follows them.
   for command <- ["mix viva.plan llama-7b llama-13b llama-30b llama-70b --vram 24GB"] do
@@ -63,8 +44,19 @@ defmodule VivaTensor.DocsTest do
 
   test "every page about formats has an example" do
     for page <- Path.wildcard("docs/formats/*.md") do
-      assert [_ | _] = page |> File.read!() |> examples(), page
+      assert [_ | _] = Examples.blocks(page, "elixir"), page
     end
+  end
+
+  test "the figures of formats in guides are those of docs/formats.md" do
+    figures = fn page, row ->
+      for [_ | cells] <- Regex.scan(row, File.read!(page)), do: cells
+    end
+
+    measured = figures.("docs/formats.md", ~r/^\| (\w+) +\| rtn .*\| +([\d.]+) \| +([\d.]+) \|$/m)
+    row = ~r/^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \|/m
+    assert [_ | _] = quoted = figures.("docs/guides/choosing-a-format.md", row)
+    assert quoted -- measured == []
   end
 
   @tag timeout: 600_000
