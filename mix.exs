@@ -82,7 +82,8 @@ defmodule VivaTensor.MixProject do
       main: "readme",
       extras:
         ["README.md" | Enum.map(@guides, &"docs/guides/#{&1}.md")] ++
-          ["docs/cheatsheet.cheatmd", "docs/formats.md" | Path.wildcard("docs/formats/*.md")] ++
+          ["docs/cheatsheet.cheatmd" | Path.wildcard("notebooks/*.livemd")] ++
+          ["docs/formats.md" | Path.wildcard("docs/formats/*.md")] ++
           ["docs/methods.md", "docs/layouts.md", "docs/jobs.md", "docs/vectors.md"] ++
           ["docs/nx.md", "docs/gleam.md", "docs/erlang.md"] ++
           ["docs/kernels.md"] ++
