@@ -11,8 +11,9 @@ defmodule VivaTensor.MixProject do
   @nx_ebin "VIVA_TENSOR_NX_EBIN" |> System.get_env("") |> String.split(":", trim: true)
   Enum.each(@nx_ebin, &Code.prepend_path/1)
 
-  @guides ~w(getting-started choosing-a-format compressing-a-checkpoint calibrating) ++
-            ~w(embeddings running-a-cluster from-python internals)
+  @guides ~w(getting-started getting-started.zh-CN choosing-a-format) ++
+            ~w(compressing-a-checkpoint calibrating embeddings running-a-cluster) ++
+            ~w(from-python internals)
 
   def project do
     [
@@ -81,7 +82,7 @@ defmodule VivaTensor.MixProject do
     [
       main: "readme",
       extras:
-        ["README.md" | Enum.map(@guides, &"docs/guides/#{&1}.md")] ++
+        ["README.md", "README.zh-CN.md" | Enum.map(@guides, &"docs/guides/#{&1}.md")] ++
           ["docs/cheatsheet.cheatmd" | Path.wildcard("notebooks/*.livemd")] ++
           ["docs/formats.md" | Path.wildcard("docs/formats/*.md")] ++
           ["docs/methods.md", "docs/layouts.md", "docs/jobs.md", "docs/vectors.md"] ++
