@@ -100,11 +100,13 @@ defmodule VivaTensor.MixProject do
     ]
   end
 
-  # The functions of those before "Command line" are all shown by examples that are run.
+  # The functions of modules that are named are all shown by examples that are run.
   defp modules do
     [
       Tensors: [VivaTensor | in_order(~w(Tensor Quantized Packed Checkpoint Calibration Error))],
-      Jobs: in_order(~w(Job Job.Status Job.Queue Recipe Conversion Report Telemetry)),
+      Jobs:
+        in_order(~w(Job Job.Queue Recipe Conversion Report Telemetry)) ++
+          [~r/^VivaTensor\.Job\.Status$/],
       Measuring: in_order(~w(Compare Plan Plot Page Table Size)),
       Vectors: in_order(~w(Vectors Vectors.Recipe Vectors.Report)),
       Nx: in_order(~w(Nx Axon Bumblebee)),

@@ -73,7 +73,8 @@ defmodule VivaTensor.Conversion do
     end
   end
 
-  @doc "Decides for every tensor of an opened checkpoint."
+  @doc false
+  # Decides for every tensor of an opened checkpoint.
   @spec plan(t, map) :: {:ok, map} | {:error, Error.t()}
   def plan(%__MODULE__{} = conversion, checkpoint) do
     outer = checkpoint.entries |> Enum.map(& &1.name) |> Recipe.outer_modules()

@@ -55,7 +55,8 @@ defmodule VivaTensor.Error do
   @impl true
   def message(%__MODULE__{op: op, message: message}), do: "#{op}: #{message}"
 
-  @doc "An error of `op`, with a reason and a message for people."
+  @doc false
+  # An error of `op`, with a reason and a message for people.
   @spec new(atom, {atom, map}, String.t()) :: t
   def new(op, {kind, details} = reason, message) when is_atom(kind) and is_map(details) do
     %__MODULE__{op: op, reason: reason, message: message}

@@ -217,7 +217,8 @@ defmodule VivaTensor.Job do
       {:error, gone(reason)}
   end
 
-  @doc "The error of a job whose process ended before it had a result."
+  @doc false
+  # The error of a job whose process ended before it had a result.
   @spec gone(term) :: Error.t()
   def gone(reason) do
     reason = inspect(reason)

@@ -181,7 +181,8 @@ defmodule VivaTensor.Recipe do
     )
   end
 
-  @doc "The native form of a recipe's format, options and layout."
+  @doc false
+  # The native form of a recipe's format, options and layout.
   @spec spec(t) :: {:ok, reference} | {:error, Error.t()}
   def spec(%__MODULE__{} = recipe) do
     with {:ok, spec} <- native_spec(recipe.format, recipe.options, recipe.layout) do
@@ -213,13 +214,12 @@ defmodule VivaTensor.Recipe do
     end
   end
 
-  @doc """
-  The modules whose linear weight was kept, out of `{entry, decision}` pairs.
-
-  `transformers` has to be told of them, or else it expects their weights to be
-  quantized. `lm_head` is always among them: where it is tied, no tensor in the
-  file speaks for it.
-  """
+  @doc false
+  # The modules whose linear weight was kept, out of `{entry, decision}` pairs.
+  #
+  # `transformers` has to be told of them, or else it expects their weights to be
+  # quantized. `lm_head` is always among them: where it is tied, no tensor in the
+  # file speaks for it.
   @spec kept_modules([{entry, decision}]) :: [String.t()]
   def kept_modules(decided) do
     kept =

@@ -119,7 +119,8 @@ defmodule VivaTensor.Report do
           statistics: %{file: Path.t() | nil, layers: pos_integer, tokens: non_neg_integer} | nil
         }
 
-  @doc "Adds the totals to what a job collected."
+  @doc false
+  # Adds the totals to what a job collected.
   @spec new(map) :: t
   def new(collected) do
     report = struct!(__MODULE__, collected)
@@ -146,10 +147,9 @@ defmodule VivaTensor.Report do
     }
   end
 
-  @doc """
-  The row of a unit, from what its work returned. Bits per weight are counted from
-  the bytes in the file.
-  """
+  @doc false
+  # The row of a unit, from what its work returned. Bits per weight are counted from
+  # the bytes in the file.
   @spec row(map, map) :: row
   def row(unit, stats) do
     stats =
@@ -174,7 +174,8 @@ defmodule VivaTensor.Report do
     report |> Map.from_struct() |> Map.update!(:recipe, fn %kind{} = r -> kind.to_map(r) end)
   end
 
-  @doc "The report of a recipe or conversion, from what `report.json` holds."
+  @doc false
+  # The report of a recipe or conversion, from what `report.json` holds.
   @spec from_map(%{String.t() => term}, Recipe.t() | Conversion.t()) :: t
   def from_map(map, recipe) do
     report = map |> keys() |> Map.put(:recipe, recipe)

@@ -77,7 +77,8 @@ defmodule VivaTensor.Vectors.Report do
 
   @codes ["codes.safetensors", "scale.safetensors", "mean.safetensors"]
 
-  @doc "Adds the totals to what a job collected."
+  @doc false
+  # Adds the totals to what a job collected.
   @spec new(map) :: t
   def new(collected) do
     report = struct!(__MODULE__, collected)
@@ -101,7 +102,8 @@ defmodule VivaTensor.Vectors.Report do
     report |> Map.from_struct() |> Map.update!(:recipe, &Recipe.to_map/1)
   end
 
-  @doc "The report of a recipe, from what `report.json` holds."
+  @doc false
+  # The report of a recipe, from what `report.json` holds.
   @spec from_map(%{String.t() => term}, Recipe.t()) :: t
   def from_map(map, recipe) do
     fields = keys(map)
