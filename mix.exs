@@ -82,7 +82,11 @@ defmodule VivaTensor.MixProject do
     [
       main: "readme",
       extras:
-        ["README.md", "README.zh-CN.md" | Enum.map(@guides, &"docs/guides/#{&1}.md")] ++
+        [
+          "README.md",
+          {"README.zh-CN.md", title: "viva_tensor（简体中文）"}
+          | Enum.map(@guides, &"docs/guides/#{&1}.md")
+        ] ++
           ["docs/cheatsheet.cheatmd" | Path.wildcard("notebooks/*.livemd")] ++
           ["docs/formats.md" | Path.wildcard("docs/formats/*.md")] ++
           ["docs/methods.md", "docs/layouts.md", "docs/jobs.md", "docs/vectors.md"] ++
@@ -92,8 +96,9 @@ defmodule VivaTensor.MixProject do
           ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"],
       groups_for_extras: [
         Guides: ~r"docs/guides",
-        Formats: ~r"docs/formats",
-        Notebooks: ~r"notebooks/"
+        Notebooks: ~r"notebooks/",
+        Reference: ~r"docs/[^/]+\.md$",
+        Formats: ~r"docs/formats/"
       ],
       groups_for_modules: modules(),
       before_closing_body_tag: &before_closing_body_tag/1
@@ -123,16 +128,20 @@ defmodule VivaTensor.MixProject do
     """
     <script defer src="https://cdn.jsdelivr.net/npm/mermaid@11/dist/mermaid.min.js"></script>
     <script>
-      addEventListener("exdoc:loaded", () => {
+      let diagrams = 0;
+      const draw = () => {
         const dark = document.body.className.includes("dark");
         mermaid.initialize({ startOnLoad: false, theme: dark ? "dark" : "default" });
-        document.querySelectorAll("pre code.mermaid").forEach(async (code, n) => {
-          const { svg } = await mermaid.render("diagram-" + n, code.textContent);
+        document.querySelectorAll("pre code.mermaid").forEach(async (code) => {
+          code.classList.remove("mermaid");
+          const { svg } = await mermaid.render("diagram-" + ++diagrams, code.textContent);
           const figure = document.createElement("figure");
           figure.innerHTML = svg;
           code.parentElement.replaceWith(figure);
         });
-      });
+      };
+      addEventListener("DOMContentLoaded", draw);
+      addEventListener("exdoc:loaded", draw);
     </script>
     """
   end
