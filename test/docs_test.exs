@@ -42,6 +42,20 @@ defmodule VivaTensor.DocsTest do
     end
   end
 
+  for page <- ["docs/cheatsheet.cheatmd" | Path.wildcard("docs/guides/*.md")] do
+    test "#{page} shows commands that the tasks take, also where they are not run" do
+      text = unquote(page) |> File.read!() |> String.replace(~r/\\\n\s*/, "")
+
+      for [command] <- Regex.scan(~r/(?<=^    |`)mix viva\.\w+ [^`\n]+/m, text) do
+        ["mix", "viva." <> name | argv] =
+          command |> String.split(" # ") |> hd() |> OptionParser.split()
+
+        task = Module.concat(VivaTensor.CLI, String.capitalize(name))
+        assert {:ok, _} = task.parse(argv), command
+      end
+    end
+  end
+
   test "every page about formats has an example" do
     for page <- Path.wildcard("docs/formats/*.md") do
       assert [_ | _] = Examples.blocks(page, "elixir"), page
