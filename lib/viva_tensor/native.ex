@@ -97,6 +97,7 @@ defmodule VivaTensor.Native do
     unit_quantize: [:checkpoint, :name_and_rows, :spec, :observed, :shard, :cancel],
     sums_metrics: [:sums],
     unit_keep: [:checkpoint, :name, :spec, :observed, :shard, :cancel],
+    units_keep: [:checkpoint, :names, :spec, :observed, :shard, :cancel],
     unit_convert: [:checkpoint, :name, :conversion, :shard, :cancel],
     shard_mark: [:shard],
     shard_sync: [:shard],

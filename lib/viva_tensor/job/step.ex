@@ -4,7 +4,7 @@ defmodule VivaTensor.Job.Step do
   recorded, choose the scales of a group of weights, do a unit or look whether it is
   done already, finish a shard.
 
-  Very small units are done one after another by one worker, since handing each of them
+  Very small units that keep their tensors are done one after another by one worker, since handing each of them
   out would take longer than doing it. What fails there is done again alone.
 
   Its cancel flag is its own and made anew for each attempt, so that one that takes
@@ -102,7 +102,9 @@ defmodule VivaTensor.Job.Step do
     end
   end
 
-  defp very_small?(%{work: {:unit, unit, _}}), do: unit.input_bytes <= @very_small_bytes
+  defp very_small?(%{work: {:unit, %{action: :keep} = unit, _}}),
+    do: unit.input_bytes <= @very_small_bytes
+
   defp very_small?(_step), do: false
 
   defp together([step]), do: step

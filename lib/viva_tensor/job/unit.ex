@@ -137,12 +137,7 @@ defmodule VivaTensor.Job.Unit do
   @spec run(t, reference, work, reference, reference, map) :: {:ok, done} | {:error, Error.t()}
   def run(%__MODULE__{} = unit, checkpoint, work, shard, cancel, metadata) do
     started = System.monotonic_time()
-
-    Telemetry.execute(
-      [:viva_tensor, :unit, :start],
-      %{system_time: System.system_time()},
-      metadata
-    )
+    began(metadata)
 
     result =
       case {work, unit.action} do
@@ -158,19 +153,62 @@ defmodule VivaTensor.Job.Unit do
       end
       |> Error.wrap(:unit)
 
-    duration = System.monotonic_time() - started
+    ended(result, System.monotonic_time() - started, metadata)
+  end
 
-    case result do
-      {:ok, {stats, _source_hash, _parts}} ->
-        measurements = Map.take(stats, [:input_bytes, :output_bytes])
-        measurements = Map.put(measurements, :duration, duration)
-        Telemetry.execute([:viva_tensor, :unit, :stop], measurements, metadata)
+  @doc """
+  Does units that keep their tensors one after the other, in one native call where there is
+  one for that: each with when it was begun and ended, and what came of it.
+  """
+  @spec run_all([{t, map}], reference, work, reference, reference) ::
+          [{t, {integer, integer}, {:ok, done} | {:error, Error.t()}}]
+  def run_all(units, checkpoint, {:quantize, spec, observed}, shard, cancel) do
+    started = System.monotonic_time()
+    for {_unit, metadata} <- units, do: began(metadata)
+    names = for {unit, _metadata} <- units, do: unit.name
 
-      {:error, error} ->
-        metadata = Map.put(metadata, :error, error)
-        Telemetry.execute([:viva_tensor, :unit, :exception], %{duration: duration}, metadata)
+    results =
+      case Native.units_keep(checkpoint, names, spec, observed, shard, cancel) do
+        {:ok, results} -> results
+        error -> for _ <- names, do: {0, error}
+      end
+
+    {results, _ended} =
+      units
+      |> Enum.zip(results)
+      |> Enum.map_reduce(started, fn {{unit, metadata}, {took, result}}, began ->
+        duration = System.convert_time_unit(took, :nanosecond, :native)
+        result = result |> Error.wrap(:unit) |> ended(duration, metadata)
+        {{unit, {began, began + duration}, result}, began + duration}
+      end)
+
+    results
+  end
+
+  def run_all(units, checkpoint, work, shard, cancel) do
+    for {unit, metadata} <- units do
+      started = System.monotonic_time()
+      result = run(unit, checkpoint, work, shard, cancel, metadata)
+      {unit, {started, System.monotonic_time()}, result}
     end
+  end
 
+  defp began(metadata) do
+    system_time = System.system_time()
+    Telemetry.execute([:viva_tensor, :unit, :start], %{system_time: system_time}, metadata)
+  end
+
+  defp ended({:ok, {stats, _source_hash, _parts}} = result, duration, metadata) do
+    measurements =
+      stats |> Map.take([:input_bytes, :output_bytes]) |> Map.put(:duration, duration)
+
+    Telemetry.execute([:viva_tensor, :unit, :stop], measurements, metadata)
+    result
+  end
+
+  defp ended({:error, error} = result, duration, metadata) do
+    metadata = Map.put(metadata, :error, error)
+    Telemetry.execute([:viva_tensor, :unit, :exception], %{duration: duration}, metadata)
     result
   end
 end

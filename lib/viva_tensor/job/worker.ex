@@ -47,21 +47,11 @@ defmodule VivaTensor.Job.Worker do
     in_shard(id, job, &Unit.run(unit, checkpoint, work, &1, cancel, metadata))
   end
 
-  # Each with when it was begun and ended, whatever came of it.
   def prepare(%{work: {:units, units, id}, cancel: cancel} = step, job) do
     %{plan: %{checkpoint: %{ref: checkpoint}, work: work}} = job
     units = for unit <- units, do: {unit, Events.unit(step, unit, Map.get(job, :job, self()))}
 
-    in_shard(id, job, fn shard ->
-      results =
-        for {unit, metadata} <- units do
-          started = System.monotonic_time()
-          result = Unit.run(unit, checkpoint, work, shard, cancel, metadata)
-          {unit, {started, System.monotonic_time()}, result}
-        end
-
-      {:ok, results}
-    end)
+    in_shard(id, job, &{:ok, Unit.run_all(units, checkpoint, work, &1, cancel)})
   end
 
   def prepare(%{work: {:recall, _unit, _id, {:kept, reason}}}, job) do

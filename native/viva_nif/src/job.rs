@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::Instant;
 
 use rustler::{Atom, Binary, Encoder, Env, Term};
 use serde_json::Value;
@@ -14,7 +15,7 @@ use viva_core::ops::metrics::Seen;
 use viva_core::tensor::DType;
 use viva_core::unit::{self, Done, Planned, Target};
 
-use crate::error::Outcome;
+use crate::error::{Failure, Outcome};
 use crate::record;
 use crate::resource::{
     CancelRef, CheckpointRef, ObservedRef, OutputRef, OutputResource, ShardRef, ShardResource,
@@ -240,6 +241,30 @@ fn unit_keep<'a>(
         &*cancel.enter()?,
     )?;
     Ok(done_term(env, done))
+}
+
+/// What `unit_keep` does, for one tensor after the other: how many nanoseconds each took, and
+/// what came of it.
+#[rustler::nif(schedule = "DirtyIo")]
+fn units_keep<'a>(
+    env: Env<'a>,
+    source: CheckpointRef,
+    names: Vec<String>,
+    target: TargetRef,
+    observed: Option<ObservedRef>,
+    shard: ShardRef,
+    cancel: CancelRef,
+) -> Outcome<Vec<(u64, Outcome<Term<'a>>)>> {
+    let source = source.0.get()?;
+    let (target, shard, cancel) = (&target.0, &shard.0, cancel.enter()?);
+    let seen = observed.as_ref().map(|o| &o.0);
+    let keep = |name: String| {
+        let began = Instant::now();
+        let done = unit::keep_into(&source, &name, Some(target), seen, shard, &cancel);
+        let took = began.elapsed().as_nanos() as u64;
+        (took, done.map(|d| done_term(env, d)).map_err(Failure::from))
+    };
+    Ok(names.into_iter().map(keep).collect())
 }
 
 fn done_term<'a>(env: Env<'a>, done: Done) -> Term<'a> {

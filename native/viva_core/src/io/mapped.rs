@@ -14,6 +14,8 @@ static MAPPED_BYTES: AtomicUsize = AtomicUsize::new(0);
 
 /// Bytes that one call gives back.
 const WINDOW: usize = 4 << 20;
+/// Of the smallest pages.
+const PAGE: usize = 4096;
 
 /// Bytes of files that are mapped now, resident or not.
 pub fn mapped_bytes() -> usize {
@@ -79,7 +81,11 @@ impl Mapped {
     #[allow(unsafe_code)]
     pub fn give_back(&self, range: Range<usize>) {
         let Some(map) = &self.map else { return };
-        let end = range.end.min(map.len());
+        // What follows may still need the page in which this ends, and gives it back.
+        let end = match range.end < map.len() {
+            true => range.end / PAGE * PAGE,
+            false => map.len(),
+        };
         if range.start >= end {
             return;
         }
