@@ -23,6 +23,8 @@ defmodule VivaTensor.DocsTest do
       @tag skip: reason
     end
 
+    # Jobs sync what they write, and a page may have several.
+    @tag timeout: 600_000
     test "the examples of #{page} run" do
       Examples.run(unquote(page), shown(unquote(page)))
     end

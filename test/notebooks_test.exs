@@ -23,6 +23,8 @@ defmodule VivaTensor.NotebooksTest do
   end
 
   for notebook <- @notebooks do
+    # Jobs sync what they write, and a notebook has several.
+    @tag timeout: 600_000
     test "the cells of #{notebook} run in their order, and leave nothing", %{dir: dir} do
       [{"elixir", install, _line} | cells] = Examples.blocks(unquote(notebook), "elixir")
 
