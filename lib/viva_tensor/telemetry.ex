@@ -17,9 +17,11 @@ defmodule VivaTensor.Telemetry do
   | `[:viva_tensor, :unit, :quarantine]` | `attempts` | `job`, `name`, `reason`, `attempts` |
 
   Tensors of a few kilobytes that are kept are done many in a row: all of these start before
-  the first of them stops, and each has its own `duration`, which is in native time units. Job events are executed in the job's
-  process and unit events in the worker's, except for the crash of a worker,
-  which only its job can report. A handler that raises is detached and logged.
+  the first of them stops, and each has its own `duration`, which is in native time units.
+
+  Job events are executed in the job's process and unit events in the worker's, except for
+  the crash of a worker, which only its job can report. A handler that raises is detached
+  and logged.
   """
 
   require Logger

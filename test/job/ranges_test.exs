@@ -85,6 +85,9 @@ defmodule VivaTensor.Job.RangesTest do
     {:ok, records, _} = Manifest.read(Path.join(partial(c), ".manifest"))
     assert for({:rows, _, @name, rows, _} <- records, do: rows) == Enum.take(@ranges, 2)
 
+    assert {:ok, %{tensors_done: 0, bytes_done: bytes}} = Job.Unfinished.of(c.to)
+    assert bytes == 2 * 64 * 1024 * 1024
+
     # A byte in the middle of the second range, of 20 MiB of codes.
     shard = Path.join(partial(c), "shard-0")
     content = File.read!(shard)

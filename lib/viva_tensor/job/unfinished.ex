@@ -76,7 +76,15 @@ defmodule VivaTensor.Job.Unfinished do
         [{:begin, begun} | records] ->
           # A shard that is written again has some tensors twice: the last counts.
           rows = for {:unit, _, name, %{row: row}} <- records, into: %{}, do: {name, row}
-          rows = Map.values(rows)
+
+          # Of a tensor that is not done, ranges may be.
+          ranges =
+            for {:rows, _, name, range, %{stats: stats}} <- records,
+                not is_map_key(rows, name),
+                into: %{},
+                do: {{name, range}, stats}
+
+          counted = Map.values(rows) ++ Map.values(ranges)
 
           {:ok,
            %__MODULE__{
@@ -86,9 +94,9 @@ defmodule VivaTensor.Job.Unfinished do
              options: begun.options,
              tensors: begun.tensors,
              bytes: begun.bytes,
-             tensors_done: length(rows),
-             bytes_done: rows |> Enum.map(& &1.input_bytes) |> Enum.sum(),
-             bytes_written: rows |> Enum.map(& &1.output_bytes) |> Enum.sum()
+             tensors_done: map_size(rows),
+             bytes_done: counted |> Enum.map(& &1.input_bytes) |> Enum.sum(),
+             bytes_written: counted |> Enum.map(& &1.output_bytes) |> Enum.sum()
            }}
 
         [] ->
