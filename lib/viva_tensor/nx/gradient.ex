@@ -34,7 +34,8 @@ defmodule VivaTensor.Nx.Gradient do
       "no gradient goes through packed weights, got #{inspect(weight)}; give the " <>
         "VivaTensor.Quantized that they were made of"
 
-    Error.bang!(Error.option(:dot, "weight", message))
+    {:error, error} = Error.option(:dot, "weight", message)
+    raise error
   end
 
   @doc "What a compiled computation calls."
