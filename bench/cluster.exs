@@ -14,7 +14,7 @@ alias VivaTensor.Test.{Cluster, Safetensors}
 
 Logger.configure(level: :info)
 repeats = Keyword.get(options, :repeats, 5)
-tensors = Keyword.get(options, :tensors, 24)
+tensors = Keyword.get(options, :tensors, 120)
 format = options |> Keyword.get(:format, "nf4") |> String.to_atom()
 root = Path.join(System.tmp_dir!(), "viva_tensor_cluster_#{System.pid()}")
 
