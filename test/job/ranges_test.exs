@@ -131,6 +131,39 @@ defmodule VivaTensor.Job.RangesTest do
     assert Safetensors.read!(c.to)[@name] == Safetensors.read!(c.source)[@name]
   end
 
+  test "the other ranges have left before what they write to is removed", c do
+    huge!(c.source, &Safetensors.poison(&1, 5, :nan))
+    test = self()
+
+    # Two are in their units when the first turns out to be NaN, and one is not begun.
+    at_unit_start(fn unit ->
+      if unit.rows == {16_384, 32_768} do
+        send(test, {:holding, self()})
+        receive do: (:go -> :ok)
+      end
+    end)
+
+    opts = [source: c.source, to: c.to, format: :int8, max_concurrency: 2]
+    job = start!([non_finite: :keep] ++ opts)
+    assert_receive {:holding, worker}
+    assert_receive {:viva_tensor_job, ^job, {:kept, %{name: @name}}}
+    assert {:ok, %{state: :running}} = Job.status(job)
+    send(worker, :go)
+    assert {:ok, report} = Job.await(job)
+    assert %{action: :keep} = row(report, @name)
+    assert Safetensors.read!(c.to)[@name] == Safetensors.read!(c.source)[@name]
+    assert {:ok, %{state: :done}} = Job.status(job)
+
+    # The same of one that is put aside.
+    File.rm_rf!(c.to)
+    job = start!(opts)
+    assert_receive {:holding, worker}
+    assert_receive {:viva_tensor_job, ^job, {:quarantined, %{name: @name}}}
+    send(worker, :go)
+    assert {:partial, %{quarantined: [%{name: @name}]}} = Job.await(job)
+    assert {:ok, %{state: :done}} = Job.status(job)
+  end
+
   test "a worker that dies is followed by another", c do
     huge!(c.source)
     {:ok, _} = run(source: c.source, to: c.calm, format: :int8)
@@ -170,8 +203,10 @@ defmodule VivaTensor.Job.RangesTest do
 
     [first, second] = Unit.ranges(%{unit | rows_at_once: 2})
     steps = for part <- [first, second, unit], do: VivaTensor.Job.Step.unit(part, [0])
-    job = Ranges.close(%{ranges: %{}, queue: steps}, first)
+    fate = {:keep, "NaN"}
+    job = %{ranges: %{}, queue: steps, requested: %{}, running: %{}}
+    job = Ranges.close(job, first, fate)
     assert [%{work: {:unit, ^unit, [0]}}] = job.queue
-    assert [true, true, false] = Enum.map(steps, &Ranges.closed?(job.ranges, &1))
+    assert [^fate, ^fate, nil] = Enum.map(steps, &Ranges.fate(job.ranges, &1))
   end
 end

@@ -189,7 +189,9 @@ defmodule VivaTensor.Job.Machine do
 
   def handle_event({:timeout, {:retry, _}}, step, state, data)
       when state in [:planning, :scaling, :running] do
-    {:keep_state, data |> enqueue(step) |> Placement.advance()}
+    if Ranges.fate(data.ranges, step),
+      do: :keep_state_and_data,
+      else: {:keep_state, data |> enqueue(step) |> Placement.advance()}
   end
 
   def handle_event(:info, message, _state, data) when elem(message, 0) != :EXIT do
@@ -245,10 +247,10 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp ended(state, step, result, data) do
-    case {Ranges.closed?(data.ranges, step), result} do
-      # The rest of a tensor that was put aside, or has to be kept.
-      {true, _} when state == :stopping -> stopped(data)
-      {true, _} -> go_on(data)
+    case {Ranges.fate(data.ranges, step), result} do
+      # The rest of a tensor that is put aside, or has to be kept.
+      {fate, _} when fate != nil and state == :stopping -> stopped(data)
+      {fate, _} when fate != nil -> give_up(fate, step.work, data)
       {_, {:died, _}} when step.overdue -> overdue(state, step, data)
       {_, {:error, %{reason: {:cancelled, _}}}} when step.overdue -> overdue(state, step, data)
       {_, {:died, reason}} -> failed(state, step, reason, data)
@@ -296,9 +298,9 @@ defmodule VivaTensor.Job.Machine do
         reason = Failure.non_finite(found)
         Events.notify(data, {:kept, %{name: unit.name, reason: reason}})
 
-        %{data | ledger: Ledger.add(data.ledger, {:kept, id, unit.name, reason})}
-        |> Ranges.close(unit)
-        |> keep_later(id, unit, reason)
+        data = %{data | ledger: Ledger.add(data.ledger, {:kept, id, unit.name, reason})}
+        fate = {:keep, reason}
+        give_up(fate, step.work, Ranges.close(data, unit, fate))
 
       {{kind, _}, _} when kind in [:io, :invalid_file, :cancelled] and step.node == nil ->
         stop({:error, Failure.about(error, unit)}, data)
@@ -363,12 +365,26 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp quarantine(step, reason, data) do
-    {:unit, unit, id} = step.work
+    {:unit, unit, _id} = step.work
     why = %{name: unit.name, reason: Failure.text(reason), attempts: step.attempt}
     Events.quarantined(data, why)
-    tally = Tally.put_aside(data.tally, id, unit, why)
-    settle(Ranges.close(%{data | tally: tally}, unit), id)
+    fate = {:put_aside, why}
+    give_up(fate, step.work, Ranges.close(data, unit, fate))
   end
+
+  # Not before the last of its ranges has left.
+  defp give_up(fate, work, data) do
+    {unit, id} = {elem(work, 1), elem(work, 2)}
+
+    case {Ranges.leaving?(data, unit), fate} do
+      {true, _} -> {:keep_state, Placement.advance(data)}
+      {_, {:keep, reason}} -> keep_later(data, id, unit, reason)
+      {_, {:put_aside, why}} -> settle(put_aside(data, id, unit, why), id)
+    end
+  end
+
+  defp put_aside(data, id, unit, why),
+    do: %{data | tally: Tally.put_aside(data.tally, id, unit, why)}
 
   # Planning
 

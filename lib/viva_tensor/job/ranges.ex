@@ -3,7 +3,7 @@ defmodule VivaTensor.Job.Ranges do
   Huge tensors, of whose rows a unit does a range: what is done of each, until all is.
   """
 
-  alias VivaTensor.Job.{Span, Step, Unit}
+  alias VivaTensor.Job.{Admission, Span, Step, Unit}
   alias VivaTensor.{Native, Report}
 
   @typedoc "What came of a range, and its span in the time line."
@@ -13,7 +13,12 @@ defmodule VivaTensor.Job.Ranges do
   The ranges of tensors, by the ids of their units. A tensor is closed when it is put aside
   or has to be kept: what is still done of it no longer counts.
   """
-  @type t :: %{non_neg_integer => :closed | %{{non_neg_integer, pos_integer} => part}}
+  @type t :: %{
+          non_neg_integer => {:closed, fate} | %{{non_neg_integer, pos_integer} => part}
+        }
+
+  @typedoc "What becomes of a closed tensor."
+  @type fate :: {:put_aside, Report.quarantined()} | {:keep, String.t()}
 
   @doc "What came of a unit, as it is recorded of a range."
   @spec part(Unit.done(), Span.t()) :: part
@@ -51,22 +56,47 @@ defmodule VivaTensor.Job.Ranges do
     Map.merge(row, %{ranges: spans, began: spans |> Enum.map(& &1.began) |> Enum.min()})
   end
 
-  @doc "Closes the tensor of a unit that does a range: the steps of others leave the queue."
-  @spec close(job, Unit.t()) :: job when job: map
-  def close(job, %{rows: nil}), do: job
+  @doc """
+  Closes the tensor of a unit, of which this becomes. Its other ranges are not begun any
+  more, and those that run are told to leave: the file that they write to may go then.
+  """
+  @spec close(job, Unit.t(), fate) :: job when job: map
+  def close(job, %{rows: nil}, _fate), do: job
 
-  def close(job, %{id: id}) do
-    of_it? = &match?(%{work: {:unit, %{id: ^id, rows: {_, _}}, _}}, &1)
-    ranges = Map.put(job.ranges, id, :closed)
-    %{job | ranges: ranges, queue: Enum.reject(job.queue, of_it?)}
+  def close(job, %{id: id}, fate) do
+    for {_ref, step} <- job.running, of?(step, id), do: Step.cancel(step)
+    {dropped, requested} = Enum.split_with(job.requested, fn {_, step} -> of?(step, id) end)
+    for {ticket, _step} <- dropped, do: Admission.release(ticket)
+
+    %{
+      job
+      | ranges: Map.put(job.ranges, id, {:closed, fate}),
+        requested: Map.new(requested),
+        queue: Enum.reject(job.queue, &of?(&1, id))
+    }
   end
 
-  @doc "Whether a step does a range of a tensor that is closed."
-  @spec closed?(t, Step.t()) :: boolean
-  def closed?(ranges, %{work: work}) when is_tuple(work) and elem(work, 0) in [:unit, :recall],
-    do: elem(work, 1).rows != nil and ranges[elem(work, 1).id] == :closed
+  @doc "Whether a unit's ranges, but for those that no longer run, are still being done."
+  @spec leaving?(map, Unit.t()) :: boolean
+  def leaving?(job, %{id: id}), do: Enum.any?(job.running, fn {_ref, step} -> of?(step, id) end)
 
-  def closed?(_ranges, _step), do: false
+  @doc "What becomes of the tensor of a step, if that does a range of one that is closed."
+  @spec fate(t, Step.t()) :: fate | nil
+  def fate(ranges, %{work: work} = step) do
+    with true <- is_tuple(work),
+         %{id: id} <- elem(work, 1),
+         true <- of?(step, id),
+         {:closed, fate} <- ranges[id] do
+      fate
+    else
+      _ -> nil
+    end
+  end
+
+  # Does a range of that tensor, or looks at one.
+  defp of?(%{work: {:unit, unit, _}}, id), do: unit.id == id and unit.rows != nil
+  defp of?(%{work: {:recall, unit, _, _}}, id), do: unit.id == id and unit.rows != nil
+  defp of?(_step, _id), do: false
 
   @doc "The hashes of what a recorded unit was made from, each with its rows."
   @spec source_hashes(binary | [{tuple, binary}]) :: [{tuple | nil, binary}]
