@@ -60,7 +60,7 @@ defmodule Mix.Tasks.Compile.VivaNative do
 
   defp bytes(config, library) do
     version = Mix.Project.config()[:version]
-    Precompiled.library(config[:crate], version, library) || File.read!(cargo_build(config))
+    Precompiled.bytes(config[:crate], version, library) || File.read!(cargo_build(config))
   end
 
   defp cargo_build(config) do

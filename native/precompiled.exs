@@ -19,8 +19,8 @@ defmodule VivaTensor.Precompiled do
   def targets, do: @targets
 
   @doc "The bytes of the library, if there is one to use; `installed` is where it may be already."
-  @spec library(String.t(), String.t(), Path.t()) :: binary | nil
-  def library(crate, version, installed) do
+  @spec bytes(String.t(), String.t(), Path.t()) :: binary | nil
+  def bytes(crate, version, installed) do
     with false <- System.get_env("VIVA_TENSOR_BUILD") in ["1", "true"],
          false <- File.exists?(".git"),
          target when target != nil <- target(architecture()),

@@ -247,14 +247,27 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp ended(state, step, result, data) do
+    late = {:timeout, data.options.unit_timeout}
+
     case {Ranges.fate(data.ranges, step), result} do
       # The rest of a tensor that is put aside, or has to be kept.
-      {fate, _} when fate != nil and state == :stopping -> stopped(data)
-      {fate, _} when fate != nil -> give_up(fate, step.work, data)
-      {_, {:died, _}} when step.overdue -> overdue(state, step, data)
-      {_, {:error, %{reason: {:cancelled, _}}}} when step.overdue -> overdue(state, step, data)
-      {_, {:died, reason}} -> failed(state, step, reason, data)
-      _ -> completed(state, step, result, data)
+      {fate, _} when fate != nil and state == :stopping ->
+        stopped(data)
+
+      {fate, _} when fate != nil ->
+        give_up(fate, step.work, data)
+
+      {_, {:died, _}} when step.overdue ->
+        failed(state, step, late, data)
+
+      {_, {:error, %{reason: {:cancelled, _}}}} when step.overdue ->
+        failed(state, step, late, data)
+
+      {_, {:died, reason}} ->
+        failed(state, step, reason, data)
+
+      _ ->
+        completed(state, step, result, data)
     end
   end
 
@@ -335,10 +348,6 @@ defmodule VivaTensor.Job.Machine do
 
   defp completed(_state, _step, {:error, error}, data), do: stop({:error, error}, data)
 
-  defp overdue(state, step, data) do
-    failed(state, step, {:timeout, data.options.unit_timeout}, data)
-  end
-
   defp failed(:stopping, _step, _reason, data), do: stopped(data)
 
   defp failed(_state, step, reason, data) do
@@ -379,12 +388,9 @@ defmodule VivaTensor.Job.Machine do
     case {Ranges.leaving?(data, unit), fate} do
       {true, _} -> {:keep_state, Placement.advance(data)}
       {_, {:keep, reason}} -> keep_later(data, id, unit, reason)
-      {_, {:put_aside, why}} -> settle(put_aside(data, id, unit, why), id)
+      {_, {:put_aside, why}} -> put_aside(data, id, unit, why)
     end
   end
-
-  defp put_aside(data, id, unit, why),
-    do: %{data | tally: Tally.put_aside(data.tally, id, unit, why)}
 
   # Planning
 
@@ -472,6 +478,10 @@ defmodule VivaTensor.Job.Machine do
 
   defp keep_later(data, id, unit, reason) do
     %{data | tally: Tally.keep_later(data.tally, id, unit, reason)} |> settle(id)
+  end
+
+  defp put_aside(data, id, unit, why) do
+    %{data | tally: Tally.put_aside(data.tally, id, unit, why)} |> settle(id)
   end
 
   # A shard whose units are all done is finished, or written again once that is
@@ -603,7 +613,7 @@ defmodule VivaTensor.Job.Machine do
     # The plan holds the mapped source and the shards: nothing needs them now.
     tally = %{data.tally | shards: %{}}
     data = %{data | result: result, waiting: [], plan: nil, tally: tally, found: nil}
-    data = %{data | members: members}
+    data = %{data | members: members, ranges: %{}}
     {:next_state, :done, data, replies ++ [linger(), :hibernate]}
   end
 
