@@ -247,27 +247,14 @@ defmodule VivaTensor.Job.Machine do
   end
 
   defp ended(state, step, result, data) do
-    late = {:timeout, data.options.unit_timeout}
+    failure = Step.failure(step, result, data.options.unit_timeout)
 
-    case {Ranges.fate(data.ranges, step), result} do
+    case {Ranges.fate(data.ranges, step), failure} do
+      {nil, nil} -> completed(state, step, result, data)
+      {nil, {:failed, reason}} -> failed(state, step, reason, data)
       # The rest of a tensor that is put aside, or has to be kept.
-      {fate, _} when fate != nil and state == :stopping ->
-        stopped(data)
-
-      {fate, _} when fate != nil ->
-        give_up(fate, step.work, data)
-
-      {_, {:died, _}} when step.overdue ->
-        failed(state, step, late, data)
-
-      {_, {:error, %{reason: {:cancelled, _}}}} when step.overdue ->
-        failed(state, step, late, data)
-
-      {_, {:died, reason}} ->
-        failed(state, step, reason, data)
-
-      _ ->
-        completed(state, step, result, data)
+      _ when state == :stopping -> stopped(data)
+      {fate, _} -> give_up(fate, step.work, data)
     end
   end
 
@@ -333,9 +320,8 @@ defmodule VivaTensor.Job.Machine do
     {:keep_state, Placement.advance(%{data | queue: queue})}
   end
 
-  defp completed(:running, %{work: {:recall, unit, id, _found}}, {:ok, {:kept, reason}}, data) do
-    keep_later(data, id, unit, reason)
-  end
+  defp completed(:running, %{work: {:recall, _, _, _} = work}, {:ok, {:kept, reason}}, data),
+    do: give_up({:keep, reason}, work, data)
 
   defp completed(:running, %{work: {:finish, id}}, {:ok, written}, data) do
     %{data | tally: Tally.update(data.tally, id, &%{&1 | written: written})} |> go_on()
@@ -385,11 +371,9 @@ defmodule VivaTensor.Job.Machine do
   defp give_up(fate, work, data) do
     {unit, id} = {elem(work, 1), elem(work, 2)}
 
-    case {Ranges.leaving?(data, unit), fate} do
-      {true, _} -> {:keep_state, Placement.advance(data)}
-      {_, {:keep, reason}} -> keep_later(data, id, unit, reason)
-      {_, {:put_aside, why}} -> put_aside(data, id, unit, why)
-    end
+    if Ranges.leaving?(data, unit),
+      do: {:keep_state, Placement.advance(data)},
+      else: settle(%{data | tally: Tally.give_up(data.tally, id, unit, fate)}, id)
   end
 
   # Planning
@@ -475,14 +459,6 @@ defmodule VivaTensor.Job.Machine do
   defp next(state, data), do: {:next_state, state, data, {:next_event, :internal, :advance}}
 
   # Shards
-
-  defp keep_later(data, id, unit, reason) do
-    %{data | tally: Tally.keep_later(data.tally, id, unit, reason)} |> settle(id)
-  end
-
-  defp put_aside(data, id, unit, why) do
-    %{data | tally: Tally.put_aside(data.tally, id, unit, why)} |> settle(id)
-  end
 
   # A shard whose units are all done is finished, or written again once that is
   # recorded.

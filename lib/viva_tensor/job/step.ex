@@ -15,7 +15,7 @@ defmodule VivaTensor.Job.Step do
 
   alias VivaTensor.Job.{Manifest, Observation, Resumption, Shard, Span}
   alias VivaTensor.Job.{Unit, Workers}
-  alias VivaTensor.Native
+  alias VivaTensor.{Error, Native}
 
   # Together no more than what a killed job may have to do again for each worker.
   @very_small_bytes 4 * 1024
@@ -187,6 +187,20 @@ defmodule VivaTensor.Job.Step do
     if step.timer, do: Process.cancel_timer(step.timer)
     %{step | ticket: nil, away: nil, pid: nil, timer: nil, ended: System.monotonic_time()}
   end
+
+  @doc """
+  Why a step has no result that counts: its worker died, or it took longer than `timeout`
+  and left when it was told to.
+  """
+  @spec failure(t, {:died, term} | {:ok, term} | {:error, Error.t()}, timeout) ::
+          {:failed, term} | nil
+  def failure(%{overdue: true}, {:died, _reason}, timeout), do: {:failed, {:timeout, timeout}}
+
+  def failure(%{overdue: true}, {:error, %{reason: {:cancelled, _}}}, timeout),
+    do: {:failed, {:timeout, timeout}}
+
+  def failure(_step, {:died, reason}, _timeout), do: {:failed, reason}
+  def failure(_step, _result, _timeout), do: nil
 
   @doc "The step, to be tried once more."
   @spec again(t) :: t

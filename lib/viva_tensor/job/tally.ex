@@ -4,7 +4,7 @@ defmodule VivaTensor.Job.Tally do
   """
 
   alias VivaTensor.{Error, Report}
-  alias VivaTensor.Job.{Manifest, Observation, Plan, Shard, Unit}
+  alias VivaTensor.Job.{Manifest, Observation, Plan, Ranges, Shard, Unit}
 
   defstruct shards: %{},
             quarantined: %{},
@@ -85,14 +85,12 @@ defmodule VivaTensor.Job.Tally do
     }
   end
 
-  @doc "A unit's weight has to be kept after all."
-  @spec keep_later(t, Manifest.shard(), Unit.t(), String.t()) :: t
-  def keep_later(tally, id, unit, reason),
+  @doc "A unit's weight has to be kept after all, or the unit is put aside."
+  @spec give_up(t, Manifest.shard(), Unit.t(), Ranges.fate()) :: t
+  def give_up(tally, id, unit, {:keep, reason}),
     do: update(tally, id, &Shard.keep_later(&1, unit, reason))
 
-  @doc "A unit is put aside."
-  @spec put_aside(t, Manifest.shard(), Unit.t(), Report.quarantined()) :: t
-  def put_aside(tally, id, unit, why) do
+  def give_up(tally, id, unit, {:put_aside, why}) do
     %{tally | quarantined: Map.put(tally.quarantined, unit.id, why)}
     |> update(id, &Shard.put_aside/1)
   end
