@@ -263,8 +263,8 @@ defmodule VivaTensor do
         the arithmetic of LLM.int8() in bitsandbytes.
       * `:auto` - for eight rows of x or more `:int8` where the format is one for it
         and its blocks do not cross rows, else `:bf16` where the machine has
-        instructions for it (`VivaTensor.cpu/0` says `:avx512_bf16`); else `:f32`. Its
-        contract is the loosest of the three.
+        instructions for it (`VivaTensor.cpu/0` says `:avx512_bf16` or
+        `:avx512_amx`); else `:f32`. Its contract is the loosest of the three.
     * `bias:` a tensor `[n]` that is added to every row of the result.
     * `residual:` a tensor of the result's shape that is added to it.
 

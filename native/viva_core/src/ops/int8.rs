@@ -21,11 +21,11 @@ use super::pool::Threads;
 use super::{Cancel, pool};
 use crate::error::Result;
 use crate::format::Quantized;
-use crate::simd::LANES;
-use crate::simd::dispatch;
 use crate::simd::dots;
 use crate::simd::form::{Form, ROWS, Scales};
 use crate::simd::panel::{Expand, LONG, Multiply, Number, RoundToBytes};
+use crate::simd::tiles;
+use crate::simd::{LANES, Line, dispatch};
 use crate::steps::Steps;
 use crate::tensor::Tensor;
 
@@ -38,6 +38,9 @@ const APART: usize = 17;
 const BY_TOKENS: usize = 96;
 /// Tokens of such a task, for their codes to stay in L2.
 const TOKENS: usize = 144;
+/// The same where tiles multiply: CPUs that have them have twice the L2, and panels are
+/// read so much sooner that memory would be waited for.
+const TOKENS_OF_TILES: usize = 256;
 /// Bytes of panels that a task multiplies with one token, before it lets others run.
 const STRETCH: usize = 1 << 19;
 
@@ -139,24 +142,41 @@ pub(super) struct Job<'a> {
 }
 
 impl Job<'_> {
+    /// How panels are multiplied with so many tokens.
+    fn form(&self, tokens: usize) -> Form {
+        match self.is_apart(tokens) {
+            true => self.plan.form.apart(),
+            false => self.plan.form,
+        }
+    }
+
+    /// Tokens of a tile at most, where there are so many.
+    fn widest(&self, tokens: usize) -> usize {
+        let form = self.form(tokens);
+        match form.quads >= LONG && !form.halves {
+            _ if tiles::fit(&form) => tiles::TOKENS,
+            true => 12,
+            false => 8,
+        }
+    }
+
     /// The tiles of those tokens.
     fn tiles(&self, tokens: Range<usize>) -> Vec<Tile> {
-        let form = self.plan.form;
-        let form = match self.is_apart(tokens.len()) {
-            true => form.apart(),
-            false => form,
-        };
+        let widest = self.widest(tokens.len());
+        let fit = widest == tiles::TOKENS;
         let mut tiles = Vec::new();
         let mut first = tokens.start;
         while first < tokens.end {
             let width = match tokens.end - first {
                 1 => 1,
                 2..=4 => 4,
-                9.. if form.quads >= LONG && !form.halves => 12,
-                _ => 8,
+                5..=8 => 8,
+                9..=16 if fit => 16,
+                _ => widest,
             };
             let rows = first..tokens.end.min(first + width);
-            tiles.push(Tile::new(self.x, self.plan, rows, width));
+            let registers = fit && width > 8;
+            tiles.push(Tile::new(self.x, self.plan, rows, (width, registers)));
             first += width;
         }
         tiles
@@ -184,9 +204,14 @@ impl Job<'_> {
     fn by_tokens(&self, epilogue: &Epilogue, out: &mut [u8], cancel: &Cancel) -> Result<()> {
         let n = self.plan.n;
         let (m, threads) = (self.m, pool::threads()?);
+        let widest = self.widest(TOKENS);
+        let most = match widest {
+            tiles::TOKENS => TOKENS_OF_TILES,
+            _ => TOKENS,
+        };
         // As many tasks for each thread, all nearly as long.
-        let turns = m.div_ceil(threads * TOKENS);
-        let tokens = m.div_ceil(threads * turns).next_multiple_of(12);
+        let turns = m.div_ceil(threads * most);
+        let tokens = m.div_ceil(threads * turns).next_multiple_of(widest);
         let size = epilogue.dtype.size();
         let row = n * size;
         out.par_chunks_mut(tokens * row)
@@ -194,7 +219,7 @@ impl Job<'_> {
             .try_for_each_init(Room::default, |room, (task, out)| {
                 let first = task * tokens;
                 let tiles = self.tiles(first..first + out.len() / row);
-                let mut sums = vec![0f32; ROWS * 12];
+                let mut sums = vec![0f32; ROWS * tiles::TOKENS];
                 for i in 0..n.div_ceil(ROWS) {
                     cancel.check()?;
                     let rows = i * ROWS..n.min((i + 1) * ROWS);
@@ -219,6 +244,7 @@ impl Job<'_> {
     /// One panel, as so many tokens want it.
     fn panel<'b>(&'b self, index: usize, tokens: usize, room: &'b mut Room) -> Panel<'b> {
         let plan = self.plan;
+        let form = self.form(tokens);
         let len = plan.form.panel();
         let bytes = match self.panels {
             Panels::Packed(panels) => &panels[index * len..(index + 1) * len],
@@ -233,19 +259,19 @@ impl Job<'_> {
         let table = plan.steps.table.as_ref();
         if !self.is_apart(tokens) {
             return Panel {
-                form: plan.form,
+                form,
                 table,
                 bytes,
                 next: &[],
             };
         }
-        let form = plan.form.apart();
-        room.expanded.resize(form.panel() / size_of::<f32>(), 0.0);
+        let lines = form.panel() / size_of::<Line>();
+        room.expanded.resize(lines, Line([0.0; LANES]));
         dots::dispatch(Expand {
             form: &plan.form,
             table,
             panel: bytes,
-            out: &mut room.expanded,
+            out: bytemuck::cast_slice_mut(&mut room.expanded),
         });
         Panel {
             form,
@@ -266,7 +292,7 @@ impl Job<'_> {
 struct Room {
     /// Words, for panels begin at one.
     packed: Vec<u32>,
-    expanded: Vec<f32>,
+    expanded: Vec<Line>,
     row: Scratch,
 }
 
@@ -285,15 +311,27 @@ impl Panel<'_> {
         for tile in tiles {
             let (out, rest) = sums.split_at_mut(ROWS * tile.width);
             let (out, _) = out.as_chunks_mut::<LANES>();
-            dots::dispatch(Multiply {
-                form: &self.form,
-                table: self.table,
-                panel: self.bytes,
-                next: std::mem::take(&mut next),
-                codes: &tile.codes,
-                numbers: &tile.numbers,
-                out: out.as_chunks_mut().0,
-            });
+            let (out, _) = out.as_chunks_mut();
+            let codes = bytemuck::cast_slice(&tile.codes);
+            if tile.registers {
+                tiles::multiply(tiles::Multiply {
+                    form: &self.form,
+                    panel: self.bytes,
+                    codes,
+                    numbers: &tile.numbers,
+                    out,
+                });
+            } else {
+                dots::dispatch(Multiply {
+                    form: &self.form,
+                    table: self.table,
+                    panel: self.bytes,
+                    next: std::mem::take(&mut next),
+                    codes,
+                    numbers: &tile.numbers,
+                    out,
+                });
+            }
             sums = rest;
         }
     }
@@ -309,14 +347,23 @@ struct Tile {
     tokens: Range<usize>,
     /// Tokens with those that fill the tile.
     width: usize,
-    codes: Vec<[i8; 4]>,
+    /// Whether tile registers multiply it.
+    registers: bool,
+    /// Fours of codes, from the beginning of a line on.
+    codes: Vec<Line>,
     numbers: Vec<Number>,
 }
 
 impl Tile {
-    fn new(x: &dyn Codes, plan: &Plan, tokens: Range<usize>, width: usize) -> Tile {
+    fn new(
+        x: &dyn Codes,
+        plan: &Plan,
+        tokens: Range<usize>,
+        (width, registers): (usize, bool),
+    ) -> Tile {
         let Form { groups, quads, .. } = plan.form;
-        let mut codes = vec![[0i8; 4]; groups * quads * width];
+        let mut lines = vec![Line([0.0; LANES]); (groups * quads * width).div_ceil(LANES)];
+        let codes: &mut [[i8; 4]] = bytemuck::cast_slice_mut(&mut lines);
         let mut numbers = vec![Number::default(); groups * width];
         let mut rounded = vec![0u8; 4 * quads];
         for (t, token) in tokens.clone().enumerate() {
@@ -331,17 +378,22 @@ impl Tile {
                     codes: sum,
                     start: -i32::from(plan.steps.zero) * sum,
                 };
+                let rounded = bytemuck::cast_slice(&rounded);
                 let codes = &mut codes[group * quads * width..][..quads * width];
-                let lines = codes.chunks_exact_mut(width);
-                for (line, four) in lines.zip(rounded.as_chunks::<4>().0) {
-                    line[t] = four.map(|code| code as i8);
+                if registers {
+                    tiles::put(rounded, (t, width), codes);
+                } else {
+                    for (line, four) in codes.chunks_exact_mut(width).zip(rounded) {
+                        line[t] = *four;
+                    }
                 }
             }
         }
         Tile {
             tokens,
             width,
-            codes,
+            registers,
+            codes: lines,
             numbers,
         }
     }

@@ -27,7 +27,7 @@ pub trait PairsOp {
 
 /// Whether the level in force has instructions for pairs.
 pub fn has_pairs() -> bool {
-    super::level() == Level::Avx512Bf16
+    super::level() >= Level::Avx512Bf16
 }
 
 /// Runs a kernel at the level in force.
@@ -42,7 +42,7 @@ pub fn dispatch<O: PairsOp>(op: O) -> O::Output {
 pub fn dispatch_at<O: PairsOp>(level: Level, op: O) -> O::Output {
     match level {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512Bf16 => {
+        Level::Avx512Bf16 | Level::Avx512Amx => {
             if let Some(token) = Avx512Bf16::detect() {
                 return token.dispatch_pairs(op);
             }

@@ -87,7 +87,7 @@ pub fn dispatch_at<O: DotsOp>(level: Level, op: O) -> O::Output {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => at!(Avx512),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512Vnni | Level::Avx512Bf16 => at!(Avx512Vnni),
+        Level::Avx512Vnni | Level::Avx512Bf16 | Level::Avx512Amx => at!(Avx512Vnni),
         _ => {}
     }
     op.run(Portable)

@@ -62,6 +62,11 @@ pub fn dot_bf16(rounds: usize) -> Option<usize> {
 /// Multiplies and adds fours of 8-bit integers into 32 bits; operations done.
 pub fn dot_int8(rounds: usize) -> Option<usize> {
     #[cfg(target_arch = "x86_64")]
+    if level() == Level::Avx512Amx {
+        // A round of tiles takes as long as some fifty of vectors.
+        return super::tiles::dot_int8(rounds / 64);
+    }
+    #[cfg(target_arch = "x86_64")]
     if level() >= Level::Avx512 && is_x86_feature_detected!("avx512vnni") {
         // SAFETY: the CPU has the instructions.
         black_box(unsafe { x86::dot_int8(rounds) });

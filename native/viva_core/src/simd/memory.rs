@@ -22,6 +22,24 @@ pub fn prefetch<T>(at: *const T, bytes: usize) {
     }
 }
 
+/// Whether one stream is read sooner when its lines are asked for early: on Intel's
+/// servers by a third, on AMD's it takes longer.
+pub fn asks_for_lines() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::sync::OnceLock;
+        static INTEL: OnceLock<bool> = OnceLock::new();
+        *INTEL.get_or_init(|| {
+            // SAFETY: part of the baseline.
+            #[allow(unused_unsafe)]
+            let vendor = unsafe { core::arch::x86_64::__cpuid(0) };
+            vendor.ebx.to_le_bytes() == *b"Genu"
+        })
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Waits until what was streamed past the caches is there for all to see.
 #[inline(always)]
 pub fn streamed() {

@@ -29,6 +29,7 @@ pub mod sink;
 pub mod small_float;
 pub mod sparsity;
 pub mod stats;
+pub mod tiles;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 mod token;
 pub mod vector;
@@ -62,10 +63,12 @@ pub enum Level {
     Avx512Vnni,
     /// And with those of pairs of bf16.
     Avx512Bf16,
+    /// And with tiles of bytes.
+    Avx512Amx,
 }
 
 impl Level {
-    const ALL: [Level; 9] = [
+    const ALL: [Level; 10] = [
         Level::Portable,
         Level::Neon,
         Level::NeonDotprod,
@@ -75,6 +78,7 @@ impl Level {
         Level::Avx512,
         Level::Avx512Vnni,
         Level::Avx512Bf16,
+        Level::Avx512Amx,
     ];
 
     pub fn name(self) -> &'static str {
@@ -88,6 +92,7 @@ impl Level {
             Level::Avx512 => "avx512",
             Level::Avx512Vnni => "avx512_vnni",
             Level::Avx512Bf16 => "avx512_bf16",
+            Level::Avx512Amx => "avx512_amx",
         }
     }
 }
@@ -121,6 +126,8 @@ pub fn levels() -> Vec<Level> {
         Level::Avx512Vnni => Avx512Vnni::detect().is_some(),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512Bf16 => Avx512Bf16::detect().is_some(),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Amx => Avx512Bf16::detect().is_some() && tiles::Amx::detect().is_some(),
         // A level of another architecture.
         _ => false,
     };
@@ -178,7 +185,7 @@ pub fn dispatch_at<O: Op>(level: Level, op: O) -> O::Output {
             }
         }
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Vnni | Level::Avx512Bf16 => {
+        Level::Avx512 | Level::Avx512Vnni | Level::Avx512Bf16 | Level::Avx512Amx => {
             if let Some(token) = Avx512::detect() {
                 return token.dispatch(op);
             }

@@ -17,24 +17,28 @@
 
 use super::dots::{BYTES, Dots, DotsOp};
 use super::form::{Form, LINE, Low, Numbers, Units};
-use super::memory::prefetch;
+use super::memory::{asks_for_lines, prefetch};
 use super::stats::absmax;
 use super::{Isa, LANES, Op};
 use crate::method::mse::ROUND;
 
-/// Bytes from a line to the one that is asked for early.
-const AHEAD: usize = 4096;
+/// Bytes from a line to the one that is asked for early, with one token and with a few.
+const AHEAD_OF_ONE: usize = 1024;
+const AHEAD_OF_FEW: usize = 2048;
 
 /// Fours of columns from which on a group is long: that lines are met once by all rows
 /// is worth more than results in registers.
 pub const LONG: usize = 32;
 
-/// Whether tiles of so many tokens ask for lines early. With one token, lines follow
-/// each other at the rate of memory, and its own prefetchers keep more of them on
-/// their way than can be asked for; with a few they fall behind; with more, lines come
-/// from a cache.
-const fn is_early(tokens: usize) -> bool {
-    tokens > 1 && tokens <= 8
+/// How far ahead tiles of so many tokens ask for lines. With a few tokens, memory's own
+/// prefetchers fall behind; with more, lines come from a cache. With one, lines follow
+/// each other at the rate of memory, and who keeps more of them on their way depends on
+/// the machine.
+const fn ahead(tokens: usize) -> usize {
+    match tokens {
+        4..=8 => AHEAD_OF_FEW,
+        _ => 0,
+    }
 }
 
 /// What one group of one token's activations is multiplied by.
@@ -90,11 +94,14 @@ impl Multiply<'_> {
         let wide = I::ACCUMULATORS >= 24;
         let long = self.form.quads >= LONG;
         match self.out.len() {
-            1 => self.tile::<I, 1, 1, 2, 1, 2, KIND>(isa, 0, 0),
-            4 if wide => self.tile::<I, 4, 4, 2, 1, 2, KIND>(isa, 0, 0),
-            8 if wide && long => self.tile::<I, 8, 8, 2, 1, 1, KIND>(isa, 0, 0),
-            8 if wide => self.tile::<I, 8, 8, 1, 2, 1, KIND>(isa, 0, 0),
-            12 if wide && KIND == STEP => self.tile::<I, 12, 12, 2, 1, 1, STEP>(isa, 0, 0),
+            1 if asks_for_lines() => self.tile::<I, 1, 1, 2, 1, 2, KIND, AHEAD_OF_ONE>(isa, 0, 0),
+            1 => self.tile::<I, 1, 1, 2, 1, 2, KIND, 0>(isa, 0, 0),
+            4 if wide => self.tile::<I, 4, 4, 2, 1, 2, KIND, { ahead(4) }>(isa, 0, 0),
+            8 if wide && long => self.tile::<I, 8, 8, 2, 1, 1, KIND, { ahead(8) }>(isa, 0, 0),
+            8 if wide => self.tile::<I, 8, 8, 1, 2, 1, KIND, { ahead(8) }>(isa, 0, 0),
+            12 if wide && KIND == STEP => {
+                self.tile::<I, 12, 12, 2, 1, 1, STEP, { ahead(12) }>(isa, 0, 0)
+            }
             4 => self.apart::<I, 4, 4, KIND>(isa),
             8 => self.apart::<I, 8, 4, KIND>(isa),
             12 if KIND == STEP => self.apart::<I, 12, 4, STEP>(isa),
@@ -111,7 +118,7 @@ impl Multiply<'_> {
                     out: &mut *self.out,
                     ..self
                 };
-                part.tile::<I, T, R, 1, 1, 1, KIND>(isa, token, vector);
+                part.tile::<I, T, R, 1, 1, 1, KIND, { ahead(4) }>(isa, token, vector);
             }
         }
     }
@@ -129,6 +136,7 @@ impl Multiply<'_> {
         const P: usize,
         const S: usize,
         const KIND: u8,
+        const AHEAD: usize,
     >(
         self,
         isa: I,
@@ -166,9 +174,9 @@ impl Multiply<'_> {
                     numbers,
                     token,
                 };
-                group.add_to::<V, S, KIND>(isa, of[0], vector, &mut results[0]);
+                group.add_to::<V, S, KIND, AHEAD>(isa, of[0], vector, &mut results[0]);
                 if P == 2 {
-                    group.add_to::<V, S, KIND>(isa, of[1], vector + V, &mut results[1]);
+                    group.add_to::<V, S, KIND, AHEAD>(isa, of[1], vector + V, &mut results[1]);
                 }
             }
         }
@@ -196,7 +204,7 @@ struct Group<'a, I: Dots, const T: usize, const R: usize> {
 impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
     /// Adds what the group gives those vectors of rows.
     #[inline(always)]
-    fn add_to<const V: usize, const S: usize, const KIND: u8>(
+    fn add_to<const V: usize, const S: usize, const KIND: u8, const AHEAD: usize>(
         &self,
         isa: I,
         units: Units<I::F, V>,
@@ -204,7 +212,7 @@ impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
         results: &mut [[I::F; V]; R],
     ) {
         let (header, lines) = self.group.split_at(self.form.header());
-        let sums = self.sums::<V, S, KIND>(isa, lines, vector);
+        let sums = self.sums::<V, S, KIND, AHEAD>(isa, lines, vector);
         let of = self.form.load_numbers(isa, units, header, vector);
         if self.form.low == Low::Nothing {
             add_up::<I, R, V, false>(isa, sums, of, self.numbers, results);
@@ -215,7 +223,7 @@ impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
 
     /// The sums of its products.
     #[inline(always)]
-    fn sums<const V: usize, const S: usize, const KIND: u8>(
+    fn sums<const V: usize, const S: usize, const KIND: u8, const AHEAD: usize>(
         &self,
         isa: I,
         lines: &[u8],
@@ -231,12 +239,12 @@ impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
             let (x, x_rest) = self.x.as_chunks::<S>();
             for (lines, x) in turns.iter().zip(x) {
                 for s in 0..S {
-                    let w = load_line::<I, V>(isa, &lines[s][vector * BYTES..], is_early(R));
+                    let w = load_line::<I, V, AHEAD>(isa, &lines[s][vector * BYTES..]);
                     add::<I, R, V>(isa, w, &x[s][self.token..], &mut sums[s]);
                 }
             }
             for (line, x) in rest.iter().zip(x_rest) {
-                let w = load_line::<I, V>(isa, &line[vector * BYTES..], is_early(R));
+                let w = load_line::<I, V, AHEAD>(isa, &line[vector * BYTES..]);
                 add::<I, R, V>(isa, w, &x[self.token..], &mut sums[0]);
             }
         } else {
@@ -247,7 +255,7 @@ impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
             for (lines, x) in turns.iter().zip(x) {
                 for i in 0..2 {
                     let x = [&x[i][0][self.token..], &x[i][1][self.token..]];
-                    add_halves::<I, R, V, S, KIND>(
+                    add_halves::<I, R, V, S, KIND, AHEAD>(
                         isa,
                         self.table,
                         &lines[i][vector * BYTES..],
@@ -258,7 +266,7 @@ impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
             }
             for (line, x) in rest.iter().zip(x_rest) {
                 let x = [&x[0][self.token..], &x[1][self.token..]];
-                add_halves::<I, R, V, S, KIND>(
+                add_halves::<I, R, V, S, KIND, AHEAD>(
                     isa,
                     self.table,
                     &line[vector * BYTES..],
@@ -303,12 +311,12 @@ fn add_up<I: Dots, const R: usize, const V: usize, const LOWS: bool>(
 
 /// The vectors of a line, and those that come later asked for.
 #[inline(always)]
-fn load_line<I: Dots, const V: usize>(isa: I, line: &[u8], early: bool) -> [I::B; V] {
+fn load_line<I: Dots, const V: usize, const AHEAD: usize>(isa: I, line: &[u8]) -> [I::B; V] {
     let vectors = &line.as_chunks::<BYTES>().0[..V];
     let mut w = [isa.load_bytes(&vectors[0]); V];
     for v in 0..V {
         w[v] = isa.load_bytes(&vectors[v]);
-        if early {
+        if AHEAD > 0 {
             prefetch(vectors[v].as_ptr().wrapping_add(AHEAD), BYTES);
         }
     }
@@ -317,14 +325,21 @@ fn load_line<I: Dots, const V: usize>(isa: I, line: &[u8], early: bool) -> [I::B
 
 /// Adds products with eight activations of each token.
 #[inline(always)]
-fn add_halves<I: Dots, const R: usize, const V: usize, const S: usize, const KIND: u8>(
+fn add_halves<
+    I: Dots,
+    const R: usize,
+    const V: usize,
+    const S: usize,
+    const KIND: u8,
+    const AHEAD: usize,
+>(
     isa: I,
     table: I::B,
     line: &[u8],
     x: [&[[i8; 4]]; 2],
     sums: &mut [[[I::U; V]; R]; S],
 ) {
-    let w = load_line::<I, V>(isa, line, is_early(R));
+    let w = load_line::<I, V, AHEAD>(isa, line);
     let (mut low, mut high) = (w, w);
     for v in 0..V {
         low[v] = isa.low_halves(w[v]);
