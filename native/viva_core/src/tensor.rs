@@ -14,7 +14,7 @@ use memmap2::MmapMut;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::simd::bf16::Narrow;
+use crate::simd::bf16::{Narrow, Widen};
 use crate::simd::dispatch;
 use crate::simd::memory::use_huge_pages;
 use crate::small_float::{E4M3, E4M3_VALUES, E5M2, E5M2_VALUES, e8m0};
@@ -349,7 +349,6 @@ impl Tensor {
         {
             return slice;
         }
-        scratch.clear();
         scratch.resize(range.len(), 0.0);
         widen(self.dtype, bytes, scratch);
         scratch
@@ -378,8 +377,10 @@ pub fn widen(dtype: DType, bytes: &[u8], out: &mut [f32]) {
             Ok(slice) => slice.convert_to_f32_slice(out),
             Err(_) => each!(f16, 2, f16::to_f32),
         },
-        // A shift; written out so that it vectorizes (NaNs keep their payload).
-        DType::BF16 => each!(u16, 2, |v| f32::from_bits(u32::from(v) << 16)),
+        DType::BF16 => dispatch(Widen {
+            x: bytes.as_chunks().0,
+            out,
+        }),
         DType::F64 => each!(f64, 8, |v| v as f32),
         DType::F8E4M3 => each!(u8, 1, |v| E4M3_VALUES[usize::from(v)]),
         DType::F8E5M2 => each!(u8, 1, |v| E5M2_VALUES[usize::from(v)]),

@@ -20,7 +20,7 @@ use super::pool::Threads;
 use crate::error::Result;
 use crate::format::Decode;
 use crate::simd::product::{NARROW, Product, Transpose, WIDE};
-use crate::simd::{LANES, bf16, dispatch};
+use crate::simd::{LANES, Line, bf16, dispatch};
 
 /// Words of a row of weights that are decoded together.
 const DEPTH: usize = 512;
@@ -90,7 +90,7 @@ pub(super) struct Blocks {
     n: usize,
     /// Rows of x, with those that fill the last tile.
     padded: usize,
-    sums: Vec<f32>,
+    sums: Vec<Line>,
 }
 
 impl Blocks {
@@ -98,7 +98,7 @@ impl Blocks {
         Blocks {
             n,
             padded,
-            sums: vec![0f32; n.next_multiple_of(WIDE) * padded],
+            sums: Line::zeroed(n.next_multiple_of(WIDE) * padded),
         }
     }
 
@@ -107,7 +107,8 @@ impl Blocks {
         &mut self,
         blocks: usize,
     ) -> impl IndexedParallelIterator<Item = &mut [f32]> {
-        self.sums.par_chunks_mut(blocks * WIDE * self.padded)
+        let sums: &mut [f32] = bytemuck::cast_slice_mut(&mut self.sums);
+        sums.par_chunks_mut(blocks * WIDE * self.padded)
     }
 
     /// Calls `work` with the index and the sums of every block, and with what `room`
@@ -127,7 +128,8 @@ impl Blocks {
             }
             Ok(())
         };
-        threads.chunks(&mut self.sums, each * size, cancel, room, work)
+        let sums = bytemuck::cast_slice_mut(&mut self.sums);
+        threads.chunks(sums, each * size, cancel, room, work)
     }
 
     /// Writes the results. Call it inside [`Threads::run`].
@@ -148,7 +150,8 @@ impl Blocks {
     /// neighbours.
     fn write_rows(&self, first: usize, epilogue: &Epilogue, out: &mut [u8]) -> Result<()> {
         let size = epilogue.dtype.size();
-        for (i, block) in self.sums.chunks_exact(WIDE * self.padded).enumerate() {
+        let sums: &[f32] = bytemuck::cast_slice(&self.sums);
+        for (i, block) in sums.chunks_exact(WIDE * self.padded).enumerate() {
             let columns = i * WIDE..self.n.min((i + 1) * WIDE);
             let (lines, _) = block[first * WIDE..].as_chunks::<WIDE>();
             let rows = out.chunks_exact_mut(self.n * size);
@@ -249,8 +252,8 @@ struct Weights<'a> {
     decoder: &'a dyn Decode,
     k: usize,
     words: Words,
-    rows: Vec<f32>,
-    panels: Vec<f32>,
+    rows: Vec<Line>,
+    panels: Vec<Line>,
     depth: usize,
 }
 
@@ -260,7 +263,7 @@ impl Weights<'_> {
             decoder,
             k,
             words,
-            rows: vec![0.0; LANES * STRIDE],
+            rows: Line::zeroed(LANES * STRIDE),
             panels: Vec::new(),
             depth: 0,
         }
@@ -273,16 +276,19 @@ impl Weights<'_> {
         let from = words.start * self.words.numbers();
         let len = (self.k - from).min(words.len() * self.words.numbers());
         let panels = rows.len().div_ceil(WIDE);
-        self.panels.resize(panels * WIDE * self.depth, 0.0);
+        let words = panels * WIDE * self.depth;
+        self.panels.resize(words / LANES, Line([0.0; LANES]));
         let mut rows = rows;
-        for panel in self.panels.chunks_exact_mut(WIDE * self.depth) {
+        let decoded: &mut [f32] = bytemuck::cast_slice_mut(&mut self.rows);
+        let panels: &mut [f32] = bytemuck::cast_slice_mut(&mut self.panels);
+        for panel in panels.chunks_exact_mut(WIDE * self.depth) {
             for at in (0..WIDE).step_by(LANES) {
-                for (out, row) in self.rows.chunks_exact_mut(STRIDE).zip(&mut rows) {
+                for (out, row) in decoded.chunks_exact_mut(STRIDE).zip(&mut rows) {
                     self.decoder.decode(row * self.k + from, &mut out[..len]);
                     self.words.make(out, len);
                 }
                 dispatch(Transpose {
-                    rows: &self.rows,
+                    rows: decoded,
                     stride: STRIDE,
                     at,
                     panel,
@@ -297,7 +303,8 @@ impl Weights<'_> {
         for from in (0..self.depth).step_by(SLICE) {
             let len = SLICE.min(self.depth - from);
             let x = &x[rows * from..][..rows * len];
-            let panels = self.panels.chunks_exact(WIDE * self.depth);
+            let panels: &[f32] = bytemuck::cast_slice(&self.panels);
+            let panels = panels.chunks_exact(WIDE * self.depth);
             for (panel, sums) in panels.zip(&mut *sums) {
                 let b = &panel[WIDE * from..][..WIDE * len];
                 let tiles = x.chunks_exact(NARROW * len);

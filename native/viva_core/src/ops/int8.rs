@@ -362,7 +362,7 @@ impl Tile {
         (width, registers): (usize, bool),
     ) -> Tile {
         let Form { groups, quads, .. } = plan.form;
-        let mut lines = vec![Line([0.0; LANES]); (groups * quads * width).div_ceil(LANES)];
+        let mut lines = Line::zeroed(groups * quads * width);
         let codes: &mut [[i8; 4]] = bytemuck::cast_slice_mut(&mut lines);
         let mut numbers = vec![Number::default(); groups * width];
         let mut rounded = vec![0u8; 4 * quads];

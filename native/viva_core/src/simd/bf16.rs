@@ -141,6 +141,25 @@ impl Op for Narrow<'_> {
     }
 }
 
+/// Numbers in bf16 as f32; a NaN keeps its payload.
+pub struct Widen<'a> {
+    /// Little-endian.
+    pub x: &'a [[u8; 2]],
+    pub out: &'a mut [f32],
+}
+
+impl Op for Widen<'_> {
+    type Output = ();
+
+    // As above.
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) {
+        for (v, out) in self.x.iter().zip(self.out) {
+            *out = f32::from_bits(u32::from(u16::from_le_bytes(*v)) << 16);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use half::bf16;

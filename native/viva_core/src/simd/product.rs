@@ -5,6 +5,9 @@
 //! memory in order. Every element of a result is one chain of fused multiply-adds
 //! in the order of the rows: the same bits on every level and for every cut.
 
+// Indices say which register: loops over them are unrolled.
+#![allow(clippy::needless_range_loop)]
+
 use super::bf16::{Pairs, PairsOp};
 use super::{Isa, LANES, Op};
 
@@ -91,11 +94,11 @@ fn tile<I: Isa, T: Term<I>, const R: usize, const V: usize>(
     row: usize,
     vector: usize,
 ) {
+    let c = &mut c[row..row + R];
     let mut sums = [[isa.splat(0.0); V]; R];
-    for (sums, c) in sums.iter_mut().zip(&c[row..]) {
-        let (c, _) = c.as_chunks::<LANES>();
-        for (sum, c) in sums.iter_mut().zip(&c[vector..]) {
-            *sum = isa.load(c);
+    for r in 0..R {
+        for v in 0..V {
+            sums[r][v] = isa.load(&c[r].as_chunks().0[vector + v]);
         }
     }
     for (a, b) in a.iter().zip(b) {
@@ -108,10 +111,9 @@ fn tile<I: Isa, T: Term<I>, const R: usize, const V: usize>(
             }
         }
     }
-    for (sums, c) in sums.iter().zip(&mut c[row..]) {
-        let (c, _) = c.as_chunks_mut::<LANES>();
-        for (sum, c) in sums.iter().zip(&mut c[vector..]) {
-            isa.store(*sum, c);
+    for r in 0..R {
+        for v in 0..V {
+            isa.store(sums[r][v], &mut c[r].as_chunks_mut().0[vector + v]);
         }
     }
 }

@@ -17,6 +17,14 @@ pub const LANES: usize = 16;
 #[repr(C, align(64))]
 pub struct Line(pub [f32; LANES]);
 
+impl Line {
+    /// Lines of zeros with room for so many f32: vectors that begin anywhere else lie in
+    /// two lines each, and are read at half the rate.
+    pub fn zeroed(floats: usize) -> Vec<Line> {
+        bytemuck::allocation::zeroed_vec(floats.div_ceil(LANES))
+    }
+}
+
 /// The operations that kernels need, on sixteen lanes of f32 or u32.
 pub trait Isa: Copy {
     /// Sixteen f32.
