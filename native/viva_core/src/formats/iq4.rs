@@ -60,6 +60,7 @@ fn codes<I: Isa>(isa: I, search: Search<I>, x: &[f32; 32], d: f32) -> [u8; 32] {
     let mut codes = [0u8; 32];
     search.ranks(
         x,
+        0,
         &mut codes,
         #[inline(always)]
         |v| isa.mul(inverse, v),

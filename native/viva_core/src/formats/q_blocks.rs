@@ -17,9 +17,14 @@ use super::ggml_blocks::{
 };
 use super::ggml_types::GgmlType;
 use crate::simd::columns::{self, Affine, Columns};
+use crate::simd::memory::prefetch;
 use crate::simd::sink::Sink;
 use crate::simd::stats::{absmax_each, range_each};
 use crate::simd::{Isa, LANES};
+
+/// Elements from those of a block to what is asked for while they are encoded: sixteen
+/// blocks on.
+const AHEAD: usize = 16 * 32;
 
 /// The fifth bits of 32 codes, bit i that of element i.
 #[inline(always)]
@@ -71,6 +76,7 @@ impl Inverse {
         if let Inverse::Of(inverse) = *self {
             let (inverse, top) = (isa.splat(inverse), isa.splat(top));
             for (x, out) in x.as_chunks().0.iter().zip(codes.as_chunks_mut().0) {
+                prefetch(x.as_ptr().wrapping_add(AHEAD), size_of_val(x));
                 let code = isa.min(code(isa.load(x), inverse), top);
                 isa.store_u8(isa.truncate(code), out);
             }

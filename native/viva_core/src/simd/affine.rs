@@ -162,5 +162,5 @@ fn codes<I: Isa>(isa: I, x: &[f32], out: &mut [u8], line: Line, top: f32) {
         bias: isa.splat(line.bias),
         ratio: Quotient::new(isa, line.scale, 1.0 / line.scale),
     };
-    Rounding::new(isa, (0, top as i32), 0).codes(x, out, steps);
+    Rounding::new(isa, (0, top as i32), 0).codes(x, 0, out, steps);
 }

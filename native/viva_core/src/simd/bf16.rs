@@ -7,6 +7,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::Avx512Bf16;
+use super::memory::prefetch;
 use super::{Isa, LANES, Level, Op, Portable};
 
 /// What kernels of pairs need beside an [`Isa`].
@@ -141,11 +142,19 @@ impl Op for Narrow<'_> {
     }
 }
 
+/// Elements from one that is widened to one that is asked for early.
+const AHEAD: usize = 512;
+
 /// Numbers in bf16 as f32; a NaN keeps its payload.
 pub struct Widen<'a> {
     /// Little-endian.
     pub x: &'a [[u8; 2]],
     pub out: &'a mut [f32],
+}
+
+#[inline(always)]
+fn widen(v: [u8; 2]) -> f32 {
+    f32::from_bits(u32::from(u16::from_le_bytes(v)) << 16)
 }
 
 impl Op for Widen<'_> {
@@ -154,8 +163,16 @@ impl Op for Widen<'_> {
     // As above.
     #[inline(always)]
     fn run<I: Isa>(self, _isa: I) {
-        for (v, out) in self.x.iter().zip(self.out) {
-            *out = f32::from_bits(u32::from(u16::from_le_bytes(*v)) << 16);
+        let (lines, rest) = self.x.as_chunks::<{ 2 * LANES }>();
+        let (outs, out_rest) = self.out.as_chunks_mut::<{ 2 * LANES }>();
+        for (line, out) in lines.iter().zip(outs) {
+            prefetch(line.as_ptr().wrapping_add(AHEAD), size_of_val(line));
+            for (v, out) in line.iter().zip(out) {
+                *out = widen(*v);
+            }
+        }
+        for (v, out) in rest.iter().zip(out_rest) {
+            *out = widen(*v);
         }
     }
 }

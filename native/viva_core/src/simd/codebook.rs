@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use super::columns::turn;
-use super::memory::prefetch;
 use super::nibble::Order;
 use super::runs;
 use super::sink::Sink;
@@ -303,13 +302,15 @@ impl<I: Isa> Search<I> {
     }
 
     /// Ranks of `x`, from `ratio(x)` = x / absmax. (bitsandbytes clamps the
-    /// ratio to ±1 first; every threshold lies inside, so that changes none.)
+    /// ratio to ±1 first; every threshold lies inside, so that changes none.) `ahead` as
+    /// [`runs::encode`] takes it.
     #[inline(always)]
-    pub fn ranks(self, x: &[f32], out: &mut [u8], ratio: impl Fn(I::F) -> I::F) {
+    pub fn ranks(self, x: &[f32], ahead: usize, out: &mut [u8], ratio: impl Fn(I::F) -> I::F) {
         let isa = self.isa;
         runs::encode(
             isa,
             x,
+            ahead,
             out,
             #[inline(always)]
             |x| self.rank(ratio(x)),
@@ -377,12 +378,11 @@ impl Op for Encode<'_> {
                     *scale = search.mse(x, absmax[i]);
                     inv = 1.0 / if *scale > LEAST { *scale } else { LEAST };
                 }
-                // Of the next blocks, while these are in the nearest cache.
-                prefetch(x.as_ptr().wrapping_add(span), size_of_val(x));
                 if x.len() == self.block_len {
                     let inv = isa.splat(inv);
                     search.ranks(
                         x,
+                        span,
                         out,
                         #[inline(always)]
                         |v| isa.mul(v, inv),
@@ -394,6 +394,7 @@ impl Op for Encode<'_> {
                     let divisor = isa.splat(*scale);
                     search.ranks(
                         x,
+                        span,
                         out,
                         #[inline(always)]
                         |v| isa.div(v, divisor),

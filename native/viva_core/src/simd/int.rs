@@ -3,7 +3,6 @@
 use half::{bf16, f16};
 
 use super::bf16::round_bf16;
-use super::memory::prefetch;
 use super::runs;
 use super::stats::{absmax_each, range_each, range_with_zero, stays_zero, together};
 use super::{Isa, LANES, Op};
@@ -140,13 +139,14 @@ impl<I: Isa> Rounding<I> {
         isa.add_u(isa.bits(isa.add(clamped, self.round)), self.shift)
     }
 
-    /// The codes of `x`.
+    /// The codes of `x`; `ahead` as [`runs::encode`] takes it.
     #[inline(always)]
-    pub fn codes(self, x: &[f32], out: &mut [u8], ratio: impl Ratio<I>) {
+    pub fn codes(self, x: &[f32], ahead: usize, out: &mut [u8], ratio: impl Ratio<I>) {
         let isa = self.isa;
         runs::encode(
             isa,
             x,
+            ahead,
             out,
             #[inline(always)]
             |x| self.code(ratio.of(isa, x)),
@@ -312,9 +312,6 @@ impl Grid {
     }
 }
 
-/// Elements that are encoded while as many of the next blocks are asked for.
-const STRETCH: usize = 256;
-
 /// How the scale of a block is chosen.
 #[derive(Clone, Copy, Debug)]
 pub enum Choice {
@@ -417,7 +414,7 @@ impl Op for Encode<'_> {
                         0.0
                     };
                     let product = HalfProduct(isa.splat(inv));
-                    Rounding::new(isa, (lo, hi), offset).codes(x, out, product);
+                    Rounding::new(isa, (lo, hi), offset).codes(x, span, out, product);
                     continue;
                 }
                 if fit.scale == 0.0 {
@@ -431,11 +428,7 @@ impl Op for Encode<'_> {
                 };
                 let ratio = Quotient::new(isa, fit.scale, inverses[i]);
                 let rounding = Rounding::new(isa, (lo, hi), fit.zero);
-                for (x, out) in x.chunks(STRETCH).zip(out.chunks_mut(STRETCH)) {
-                    // Of the next blocks, while these are in the nearest cache.
-                    prefetch(x.as_ptr().wrapping_add(span), size_of_val(x));
-                    rounding.codes(x, out, ratio);
-                }
+                rounding.codes(x, span, out, ratio);
             }
         }
         stays_zero(isa, finite)

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::memory::prefetch;
 use super::nibble::{self, Order};
 use super::sink::Sink;
 use super::{Isa, LANES};
@@ -39,12 +40,20 @@ pub fn each_and_ones<I: Isa>(isa: I, x: &[f32], mut step: impl FnMut(I::F, I::F)
     }
 }
 
-/// The code of each element, one a byte.
+/// The code of each element, one a byte; along the way asks for what lies so many elements
+/// after each, for memory not to wait while codes are made.
 #[inline(always)]
-pub fn encode<I: Isa>(isa: I, x: &[f32], out: &mut [u8], code: impl Fn(I::F) -> I::U) {
+pub fn encode<I: Isa>(
+    isa: I,
+    x: &[f32],
+    ahead: usize,
+    out: &mut [u8],
+    code: impl Fn(I::F) -> I::U,
+) {
     let (chunks, tail) = x.as_chunks::<LANES>();
     let (outs, out_tail) = out.as_chunks_mut::<LANES>();
     for (x, out) in chunks.iter().zip(outs) {
+        prefetch(x.as_ptr().wrapping_add(ahead), size_of_val(x));
         isa.store_u8(code(isa.load(x)), out);
     }
     if !tail.is_empty() {
