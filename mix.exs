@@ -105,19 +105,14 @@ defmodule VivaTensor.MixProject do
     ]
   end
 
-  # The functions of modules that are named are all shown by examples that are run.
+  # Modules that are not for users have no pages.
   defp modules do
     [
       Tensors: [VivaTensor | in_order(~w(Tensor Quantized Packed Checkpoint Calibration Error))],
-      Jobs:
-        in_order(~w(Job Job.Queue Recipe Conversion Report Telemetry)) ++
-          [~r/^VivaTensor\.Job\.Status$/],
+      Jobs: in_order(~w(Job Job.Status Job.Queue Recipe Conversion Report Telemetry Application)),
       Measuring: in_order(~w(Compare Plan Plot Page Table Size)),
       Vectors: in_order(~w(Vectors Vectors.Recipe Vectors.Report)),
-      Nx: in_order(~w(Nx Axon Bumblebee)),
-      "Command line": ~r/^VivaTensor\.CLI/,
-      "Inside a job": ~r/^VivaTensor\.Job\./,
-      "Inside the rest": ~r/^VivaTensor\./
+      Nx: in_order(~w(Nx Axon Bumblebee Bumblebee.Weight))
     ]
   end
 

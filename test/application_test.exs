@@ -1,5 +1,6 @@
 defmodule VivaTensor.ApplicationTest do
   use ExUnit.Case, async: true
+  doctest VivaTensor.Application
 
   # A node of its own, since threads are set once for a whole node.
   defp node_with(threads, code) do

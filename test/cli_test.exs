@@ -2,9 +2,11 @@ defmodule VivaTensor.CLITest do
   # Writes to standard error.
   use ExUnit.Case, async: false
   doctest VivaTensor.CLI
+  doctest VivaTensor.CLI.Nodes
   doctest VivaTensor.CLI.Progress
   doctest VivaTensor.Job.FileError
   doctest VivaTensor.Job.Shard
+  doctest VivaTensor.Job.Unit
 
   import ExUnit.CaptureIO
 

@@ -45,7 +45,13 @@ defmodule VivaTensor.Application do
     end
   end
 
-  @doc "Sets the number of native threads that all jobs and operations share."
+  @doc """
+  Sets the number of native threads that all jobs and operations share.
+
+      iex> %{threads: threads} = VivaTensor.cpu()
+      iex> VivaTensor.Application.configure_threads(threads)
+      {:ok, threads}
+  """
   @spec configure_threads(pos_integer) :: {:ok, pos_integer} | {:error, Error.t()}
   def configure_threads(threads) do
     threads |> Native.configure() |> Error.wrap(:configure)

@@ -1,20 +1,19 @@
 defmodule VivaTensor.CLI do
-  @moduledoc """
-  What the command line tools have in common: strict flags with a hint for a
-  misspelled one, `--help`, errors on standard error, and exit codes.
-
-  The work behind a task is a module with this behaviour: `parse/1` reads everything about
-  the flags that needs no running application, `run/1` does what they ask for.
-
-  | code | meaning |
-  |---|---|
-  | 0 | done |
-  | 1 | a tensor could not be done, for example one with NaN, and was put aside |
-  | 2 | wrong usage: an unknown flag, format or option |
-  | 3 | the source or the statistics cannot be read, or are not what they claim to be |
-  | 4 | the target exists or is unfinished, cannot be written, or the disk is full |
-  | 130 | cancelled |
-  """
+  @moduledoc false
+  # What the command line tools have in common: strict flags with a hint for a
+  # misspelled one, `--help`, errors on standard error, and exit codes.
+  #
+  # The work behind a task is a module with this behaviour: `parse/1` reads everything about
+  # the flags that needs no running application, `run/1` does what they ask for.
+  #
+  # | code | meaning |
+  # |---|---|
+  # | 0 | done |
+  # | 1 | a tensor could not be done, for example one with NaN, and was put aside |
+  # | 2 | wrong usage: an unknown flag, format or option |
+  # | 3 | the source or the statistics cannot be read, or are not what they claim to be |
+  # | 4 | the target exists or is unfinished, cannot be written, or the disk is full |
+  # | 130 | cancelled |
 
   alias VivaTensor.CLI.Style
   alias VivaTensor.Error

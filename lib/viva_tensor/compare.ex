@@ -34,7 +34,7 @@ defmodule VivaTensor.Compare do
   One format by one method. `tensors` is how many of the tensors it can hold: a row that
   cannot hold them all is never on the front. `seconds` are those of quantizing;
   `sqnr_db` is `nil` where there is no error; `histogram` is there on the front, if it was
-  asked for, see `VivaTensor.Compare.Histogram`.
+  asked for.
   """
   @type row :: %{
           format: atom,
@@ -45,8 +45,15 @@ defmodule VivaTensor.Compare do
           seconds: float,
           tensors: pos_integer,
           front: boolean,
-          histogram: Histogram.t() | nil
+          histogram: histogram | nil
         }
+
+  @typedoc """
+  How many weights, and how many of the values that their codes stand for, are where: in bins
+  from the least to the greatest value of each block, with zero in the middle if the format is
+  symmetric; of a large tensor those of its first million elements.
+  """
+  @type histogram :: %{weights: [non_neg_integer], values: [non_neg_integer]}
 
   @typedoc """
   `measured_on` says whose activations the output error is of: those that the methods saw
@@ -80,7 +87,7 @@ defmodule VivaTensor.Compare do
     * `histograms:` - `true` to see for the rows of the front where weights and the values
       of codes are
     * `progress:` - `{state, function}`: called with the state and a map of how far it is,
-      it gives the next state, as `VivaTensor.CLI.Progress.show/2` does
+      it gives the next state
 
   ## Errors
 

@@ -119,7 +119,8 @@ defmodule VivaTensor.Job do
   @spec start(keyword) :: {:ok, job} | {:error, Error.t()}
   def start(opts) do
     with {:ok, options} <- Options.new(opts) do
-      DynamicSupervisor.start_child(VivaTensor.Job.Supervisor, {__MODULE__, options})
+      child = %{child_spec(opts) | start: {__MODULE__, :start_checked, [options]}}
+      DynamicSupervisor.start_child(VivaTensor.Job.Supervisor, child)
     end
   end
 
@@ -143,21 +144,23 @@ defmodule VivaTensor.Job do
   @doc """
   Starts a job linked to the caller: it ends when the caller exits. Takes the options of `start/1`.
   """
-  @spec start_link(keyword | Options.t()) :: {:ok, job} | {:error, Error.t()}
-  def start_link(%Options{recipe: %Recipe{}} = options),
-    do: :gen_statem.start_link(Vectors, options, [])
-
-  def start_link(%Options{} = options), do: :gen_statem.start_link(Machine, options, [])
-
+  @spec start_link(keyword) :: {:ok, job} | {:error, Error.t()}
   def start_link(opts) do
-    with {:ok, options} <- Options.new(opts), do: start_link(options)
+    with {:ok, options} <- Options.new(opts), do: start_checked(options)
   end
 
   @doc false
-  def child_spec(options) do
+  @spec start_checked(Options.t()) :: {:ok, job}
+  def start_checked(%Options{recipe: %Recipe{}} = options),
+    do: :gen_statem.start_link(Vectors, options, [])
+
+  def start_checked(options), do: :gen_statem.start_link(Machine, options, [])
+
+  @doc false
+  def child_spec(opts) do
     %{
       id: __MODULE__,
-      start: {__MODULE__, :start_link, [options]},
+      start: {__MODULE__, :start_link, [opts]},
       restart: :temporary
     }
   end

@@ -1,12 +1,7 @@
 defmodule VivaTensor.Markup do
-  @moduledoc """
-  Elements of HTML and SVG. Text is escaped wherever it stands, so that no name of a
-  tensor can be anything but text.
-
-      iex> alias VivaTensor.Markup
-      iex> Markup.element("td", [class: "name"], "<script>") |> Markup.to_iodata() |> IO.iodata_to_binary()
-      ~s(<td class="name">&lt;script&gt;</td>)
-  """
+  @moduledoc false
+  # Elements of HTML and SVG. Text is escaped wherever it stands, so that no name of a
+  # tensor can be anything but text.
 
   @entities %{"&" => "&amp;", "<" => "&lt;", ">" => "&gt;", "\"" => "&quot;"}
 
@@ -16,7 +11,13 @@ defmodule VivaTensor.Markup do
   @typedoc "What an element may hold. `nil` is nothing."
   @type content :: element | String.t() | number | nil | [content]
 
-  @doc "An element. Attributes that are `nil` are left out."
+  @doc """
+  An element. Attributes that are `nil` are left out.
+
+      iex> alias VivaTensor.Markup
+      iex> Markup.element("td", [class: "name"], "<script>") |> Markup.to_iodata() |> IO.iodata_to_binary()
+      ~s(<td class="name">&lt;script&gt;</td>)
+  """
   @spec element(String.t(), [{atom | String.t(), String.t() | number | nil}], content) :: element
   def element(name, attributes \\ [], content \\ nil) do
     {:markup,

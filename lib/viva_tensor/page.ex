@@ -21,7 +21,8 @@ defmodule VivaTensor.Page do
   alias VivaTensor.{Error, Markup}
   alias VivaTensor.Page.{Compare, Job, Parts, Vectors}
 
-  @typedoc "What a page is made of."
+  # What a page is made of.
+  @typedoc false
   @type page :: %{
           title: String.t(),
           lead: Markup.content(),

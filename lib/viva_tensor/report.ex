@@ -45,10 +45,11 @@ defmodule VivaTensor.Report do
   layout of a quantized one, `format` what it became; `lossless` says whether it has
   the same values, and `changed` how many have not.
 
-  `worker`, `began`, `ended`, `attempt` and `verified` are the span of the unit in the time
-  line of the job, see `VivaTensor.Job.Span`. Of a huge tensor, which units do a range of
-  rows at a time, `ranges` are the spans of these, each with its `rows`: the first one, and
-  the one after its last.
+  `worker`, `began`, `ended` and `attempt` are the span of the unit in the time line of the
+  job, in seconds since it began. What an earlier job had done is `verified`, and has the
+  times of being looked at by the one that goes on with it. Of a huge tensor, which units do
+  a range of rows at a time, `ranges` are the spans of these, each with its `rows`: the first
+  one, and the one after its last.
   """
   @type row :: %{
           required(:name) => String.t(),

@@ -1,7 +1,6 @@
 defmodule VivaTensor.CLI.Bench do
-  @moduledoc """
-  The work behind `mix viva.bench`: which measurement, with which flags.
-  """
+  @moduledoc false
+  # The work behind `mix viva.bench`: which measurement, with which flags.
 
   alias VivaTensor.CLI
 

@@ -1,7 +1,6 @@
 defmodule VivaTensor.CLI.Compare do
-  @moduledoc """
-  The work behind `mix viva.compare`: formats and methods in a table, as JSON, in a plot.
-  """
+  @moduledoc false
+  # The work behind `mix viva.compare`: formats and methods in a table, as JSON, in a plot.
 
   alias VivaTensor.{Calibration, CLI, Compare}
   alias VivaTensor.CLI.{Progress, Style}

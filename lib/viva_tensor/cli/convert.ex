@@ -1,7 +1,6 @@
 defmodule VivaTensor.CLI.Convert do
-  @moduledoc """
-  The work behind `mix viva.convert`: flags to a job.
-  """
+  @moduledoc false
+  # The work behind `mix viva.convert`: flags to a job.
 
   alias VivaTensor.CLI
 

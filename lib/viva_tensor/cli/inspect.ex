@@ -1,7 +1,6 @@
 defmodule VivaTensor.CLI.Inspect do
-  @moduledoc """
-  The work behind `mix viva.inspect`: what a checkpoint holds.
-  """
+  @moduledoc false
+  # The work behind `mix viva.inspect`: what a checkpoint holds.
 
   alias VivaTensor.{CLI, Error, Native, Size}
   alias VivaTensor.CLI.Style

@@ -1,8 +1,7 @@
 defmodule VivaTensor.CLI.Job do
-  @moduledoc """
-  What the tasks that run a job have in common: its progress, its report, the
-  signals that cancel it.
-  """
+  @moduledoc false
+  # What the tasks that run a job have in common: its progress, its report, the
+  # signals that cancel it.
 
   alias VivaTensor.{CLI, Error, Job}
   alias VivaTensor.CLI.{Nodes, Progress}

@@ -1,7 +1,6 @@
 defmodule VivaTensor.CLI.Jobs do
-  @moduledoc """
-  The work behind `mix viva.jobs`: jobs of this machine, as the disk tells of them.
-  """
+  @moduledoc false
+  # The work behind `mix viva.jobs`: jobs of this machine, as the disk tells of them.
 
   alias VivaTensor.{CLI, Error, Job, Native, Size}
   alias VivaTensor.CLI.{Progress, Style}

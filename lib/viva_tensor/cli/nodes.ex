@@ -1,11 +1,10 @@
 defmodule VivaTensor.CLI.Nodes do
-  @moduledoc """
-  The other nodes of a job that is started from the command line.
-
-  A VM without a name gets one for as long as the task runs, of the kind that the others
-  have: short where their hosts have no dot, long otherwise. Its cookie is that of the
-  user, `~/.erlang.cookie`, unless the VM was given another.
-  """
+  @moduledoc false
+  # The other nodes of a job that is started from the command line.
+  #
+  # A VM without a name gets one for as long as the task runs, of the kind that the others
+  # have: short where their hosts have no dot, long otherwise. Its cookie is that of the
+  # user, `~/.erlang.cookie`, unless the VM was given another.
 
   alias VivaTensor.Error
 

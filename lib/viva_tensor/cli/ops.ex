@@ -1,8 +1,7 @@
 defmodule VivaTensor.CLI.Ops do
-  @moduledoc """
-  The work behind `mix viva.bench ops`: what quantizing, dequantizing and multiplying
-  take from Elixir, format by format.
-  """
+  @moduledoc false
+  # The work behind `mix viva.bench ops`: what quantizing, dequantizing and multiplying
+  # take from Elixir, format by format.
 
   alias VivaTensor.{CLI, Packed, Quantized, Tensor}
   alias VivaTensor.CLI.{Quality, Style}

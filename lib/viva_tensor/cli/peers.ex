@@ -1,8 +1,7 @@
 defmodule VivaTensor.CLI.Peers do
-  @moduledoc """
-  The work behind `mix viva.bench peers`: `bench/peers/ops.py`, which times other
-  programs beside this one.
-  """
+  @moduledoc false
+  # The work behind `mix viva.bench peers`: `bench/peers/ops.py`, which times other
+  # programs beside this one.
 
   alias VivaTensor.CLI
 

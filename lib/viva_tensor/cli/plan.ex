@@ -1,7 +1,6 @@
 defmodule VivaTensor.CLI.Plan do
-  @moduledoc """
-  The work behind `mix viva.plan`: what a model takes in each format, and what fits.
-  """
+  @moduledoc false
+  # The work behind `mix viva.plan`: what a model takes in each format, and what fits.
 
   alias VivaTensor.{CLI, Error, Plan, Size}
   alias VivaTensor.CLI.Style

@@ -1,8 +1,7 @@
 defmodule VivaTensor.CLI.Progress do
-  @moduledoc """
-  How far a job is, on standard error: a bar that is drawn again and again on a
-  terminal, and elsewhere a plain line for each tenth of the way.
-  """
+  @moduledoc false
+  # How far a job is, on standard error: a bar that is drawn again and again on a
+  # terminal, and elsewhere a plain line for each tenth of the way.
 
   alias VivaTensor.CLI.Style
   alias VivaTensor.Size

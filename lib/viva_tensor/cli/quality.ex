@@ -1,8 +1,7 @@
 defmodule VivaTensor.CLI.Quality do
-  @moduledoc """
-  The work behind `mix viva.bench quality`: every format on normal numbers, beside
-  the bar that it must reach and what its reference program makes of the same.
-  """
+  @moduledoc false
+  # The work behind `mix viva.bench quality`: every format on normal numbers, beside
+  # the bar that it must reach and what its reference program makes of the same.
 
   alias VivaTensor.{CLI, Native, Quantized, Tensor}
   alias VivaTensor.CLI.Style

@@ -1,7 +1,6 @@
 defmodule VivaTensor.CLI.Quantize do
-  @moduledoc """
-  The work behind `mix viva.quantize`: flags to a job.
-  """
+  @moduledoc false
+  # The work behind `mix viva.quantize`: flags to a job.
 
   alias VivaTensor.{Calibration, CLI}
 

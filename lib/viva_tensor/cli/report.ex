@@ -1,7 +1,6 @@
 defmodule VivaTensor.CLI.Report do
-  @moduledoc """
-  The work behind `mix viva.report`: JSON to a page.
-  """
+  @moduledoc false
+  # The work behind `mix viva.report`: JSON to a page.
 
   alias VivaTensor.{CLI, Error, Native, Page, Size}
   alias VivaTensor.Job.{FileError, ReportFiles, Unfinished}

@@ -1,8 +1,7 @@
 defmodule VivaTensor.CLI.Style do
-  @moduledoc """
-  Colours, for a person who looks at a terminal: there are none in pipes and files, and
-  none anywhere with `NO_COLOR` set (https://no-color.org).
-  """
+  @moduledoc false
+  # Colours, for a person who looks at a terminal: there are none in pipes and files, and
+  # none anywhere with `NO_COLOR` set (https://no-color.org).
 
   alias VivaTensor.Table
 

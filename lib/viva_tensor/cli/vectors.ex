@@ -1,7 +1,6 @@
 defmodule VivaTensor.CLI.Vectors do
-  @moduledoc """
-  The work behind `mix viva.vectors`: flags to a job.
-  """
+  @moduledoc false
+  # The work behind `mix viva.vectors`: flags to a job.
 
   alias VivaTensor.CLI
 

@@ -1,8 +1,7 @@
 defmodule VivaTensor.Compare.Front do
-  @moduledoc """
-  The picture of a comparison: bits per weight, and the error of the output or else the
-  SQNR of the weights, with a line along the rows that nothing beats.
-  """
+  @moduledoc false
+  # The picture of a comparison: bits per weight, and the error of the output or else the
+  # SQNR of the weights, with a line along the rows that nothing beats.
 
   alias VivaTensor.Plot
 

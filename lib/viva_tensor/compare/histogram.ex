@@ -1,8 +1,16 @@
 defmodule VivaTensor.Compare.Histogram do
-  @moduledoc """
-  How the weights of a tensor are spread, beside the values that the codes of a format
-  give them, counted in bins from the least to the greatest value of each block; those of a
-  symmetric format have zero in the middle.
+  @moduledoc false
+  # How the weights of a tensor are spread, beside the values that the codes of a format
+  # give them.
+
+  alias VivaTensor.{Error, Native, Quantized, Tensor}
+
+  @type t :: VivaTensor.Compare.histogram()
+
+  @doc """
+  The histogram of a weight and what it was quantized to; of a large one that of the
+  first million elements. `nil` where codes stand for scaled, rotated or reordered
+  weights.
 
       iex> w = VivaTensor.Tensor.from_list!([1.0, 0.1, 0.0, -1.0], :f32, [1, 4])
       iex> q = VivaTensor.quantize!(w, :nf4)
@@ -11,17 +19,6 @@ defmodule VivaTensor.Compare.Histogram do
       ...>   for {n, bin} <- Enum.with_index(counts), n > 0, do: bin
       ...> end
       [[0, 64, 70, 128], [0, 64, 69, 128]]
-  """
-
-  alias VivaTensor.{Error, Native, Quantized, Tensor}
-
-  @typedoc "Counts of as many bins."
-  @type t :: %{weights: [non_neg_integer], values: [non_neg_integer]}
-
-  @doc """
-  The histogram of a weight and what it was quantized to; of a large one that of the
-  first million elements. `nil` where codes stand for scaled, rotated or reordered
-  weights.
   """
   @spec of(Tensor.t(), Quantized.t()) :: {:ok, t | nil} | {:error, Error.t()}
   def of(%Tensor{ref: x}, %Quantized{ref: q}),

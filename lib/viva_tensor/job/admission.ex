@@ -1,19 +1,18 @@
 defmodule VivaTensor.Job.Admission do
-  @moduledoc """
-  Lets units run while the bytes in flight over all jobs of the node stay within
-  the memory limit that each job was given.
-
-  Of the jobs that wait, those of the highest priority come first, and among these the
-  one that was granted the fewest bytes since they all wait: jobs of the same priority
-  share the memory, however large their units are and however many they ask for. The
-  requests of one job are granted in the order they came. What comes next is waited
-  for, so a large unit is not starved by small ones behind it; one that is larger than
-  the limit runs alone.
-
-  What a job holds comes back when the job ends, however it ends, and never before the
-  native calls that hold the memory have returned: a process that is killed leaves its
-  call running, so the flag of each request tells.
-  """
+  @moduledoc false
+  # Lets units run while the bytes in flight over all jobs of the node stay within
+  # the memory limit that each job was given.
+  #
+  # Of the jobs that wait, those of the highest priority come first, and among these the
+  # one that was granted the fewest bytes since they all wait: jobs of the same priority
+  # share the memory, however large their units are and however many they ask for. The
+  # requests of one job are granted in the order they came. What comes next is waited
+  # for, so a large unit is not starved by small ones behind it; one that is larger than
+  # the limit runs alone.
+  #
+  # What a job holds comes back when the job ends, however it ends, and never before the
+  # native calls that hold the memory have returned: a process that is killed leaves its
+  # call running, so the flag of each request tells.
 
   use GenServer
 

@@ -1,8 +1,7 @@
 defmodule VivaTensor.Job.Events do
-  @moduledoc """
-  What a job tells others: messages to the processes that it keeps informed, a
-  line in the log for each unit, and telemetry. All of it is called in the job's process.
-  """
+  @moduledoc false
+  # What a job tells others: messages to the processes that it keeps informed, a
+  # line in the log for each unit, and telemetry. All of it is called in the job's process.
 
   alias VivaTensor.{Error, Job, Report, Telemetry}
   alias VivaTensor.Job.{Members, Options, Step, Unit}

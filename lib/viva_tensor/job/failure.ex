@@ -1,7 +1,6 @@
 defmodule VivaTensor.Job.Failure do
-  @moduledoc """
-  What is said of a step that failed.
-  """
+  @moduledoc false
+  # What is said of a step that failed.
 
   alias VivaTensor.Error
   alias VivaTensor.Job.Unit

@@ -1,8 +1,7 @@
 defmodule VivaTensor.Job.FileError do
-  @moduledoc """
-  Results of `File` in the one shape that errors have, as the native side gives
-  them for files of its own.
-  """
+  @moduledoc false
+  # Results of `File` in the one shape that errors have, as the native side gives
+  # them for files of its own.
 
   alias VivaTensor.Error
 

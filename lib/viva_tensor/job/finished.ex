@@ -1,7 +1,6 @@
 defmodule VivaTensor.Job.Finished do
-  @moduledoc """
-  What a finished unit adds to its job: a record of it, and its place in the tally.
-  """
+  @moduledoc false
+  # What a finished unit adds to its job: a record of it, and its place in the tally.
 
   alias VivaTensor.Job.{Events, Ledger, Ranges, Resumption, Span, Step, Tally, Unit}
   alias VivaTensor.Report

@@ -1,12 +1,11 @@
 defmodule VivaTensor.Job.Identity do
-  @moduledoc """
-  What has to be the same for an unfinished output to be gone on with: the version of
-  the program, the recipe, and the source.
-
-  A file of the source is known by its length and by what the file system says of it.
-  Where only the latter differs, as after a copy, the content decides: every finished
-  unit has a hash of what it was made from.
-  """
+  @moduledoc false
+  # What has to be the same for an unfinished output to be gone on with: the version of
+  # the program, the recipe, and the source.
+  #
+  # A file of the source is known by its length and by what the file system says of it.
+  # Where only the latter differs, as after a copy, the content decides: every finished
+  # unit has a hash of what it was made from.
 
   alias VivaTensor.{Calibration, Conversion, Error, Native, Recipe, Size, Vectors}
   alias VivaTensor.Job.{Options, Plan}

@@ -1,10 +1,9 @@
 defmodule VivaTensor.Job.Ledger do
-  @moduledoc """
-  What a job has yet to record in its manifest, and what is on its way there.
-
-  Syncing takes as long for many records as for one, so one write is under way at a
-  time and takes along everything that was added during the one before.
-  """
+  @moduledoc false
+  # What a job has yet to record in its manifest, and what is on its way there.
+  #
+  # Syncing takes as long for many records as for one, so one write is under way at a
+  # time and takes along everything that was added during the one before.
 
   alias VivaTensor.{Error, Native}
   alias VivaTensor.Job.{Manifest, Shard, Workers}

@@ -1,32 +1,31 @@
 defmodule VivaTensor.Job.Machine do
-  @moduledoc """
-  The state machine of one job.
-
-      planning --> scaling --> running --> finishing --> done
-          |           |           |            |          ^
-          `-----------`-----------`------------`--> stopping
-
-  All work is done by steps (`VivaTensor.Job.Step`). Only methods that scale columns
-  have anything to choose in `scaling`. A step waits in the queue until there is a free
-  worker and admission, and runs in a worker of its own. What a finished unit is
-  known again by goes into the manifest (`VivaTensor.Job.Ledger`), and work does not
-  run far ahead of that: a job that is killed has to do again no more than its largest
-  unit for each worker.
-
-  ## What fails
-
-  A worker that dies, a unit that takes longer than `unit_timeout` and a tensor that
-  cannot be done are tried again, a little later each time. A unit that failed three
-  times is put aside and the job goes on, to end as partial. Errors of files end the
-  job: the next unit would meet them too.
-
-  A unit that takes too long is asked to leave by its cancel flag and, if it does not,
-  its worker is killed. The native call may go on after that; its memory stays counted
-  until it returns, and what it still writes is what the next attempt writes there too.
-
-  `stopping` waits for the workers of a failed or cancelled job to leave their native
-  calls, which the cancel flags make soon, and records what is finished.
-  """
+  @moduledoc false
+  # The state machine of one job.
+  #
+  #     planning --> scaling --> running --> finishing --> done
+  #         |           |           |            |          ^
+  #         `-----------`-----------`------------`--> stopping
+  #
+  # All work is done by steps (`VivaTensor.Job.Step`). Only methods that scale columns
+  # have anything to choose in `scaling`. A step waits in the queue until there is a free
+  # worker and admission, and runs in a worker of its own. What a finished unit is
+  # known again by goes into the manifest (`VivaTensor.Job.Ledger`), and work does not
+  # run far ahead of that: a job that is killed has to do again no more than its largest
+  # unit for each worker.
+  #
+  # ## What fails
+  #
+  # A worker that dies, a unit that takes longer than `unit_timeout` and a tensor that
+  # cannot be done are tried again, a little later each time. A unit that failed three
+  # times is put aside and the job goes on, to end as partial. Errors of files end the
+  # job: the next unit would meet them too.
+  #
+  # A unit that takes too long is asked to leave by its cancel flag and, if it does not,
+  # its worker is killed. The native call may go on after that; its memory stays counted
+  # until it returns, and what it still writes is what the next attempt writes there too.
+  #
+  # `stopping` waits for the workers of a failed or cancelled job to leave their native
+  # calls, which the cancel flags make soon, and records what is finished.
 
   @behaviour :gen_statem
 

@@ -1,31 +1,30 @@
 defmodule VivaTensor.Job.Manifest do
-  @moduledoc """
-  The file in an unfinished output that says what of it is done.
-
-  It begins with a line that names it and is only appended to. A record is a term
-  behind its length and checksum, so that one that was torn by the end of a machine,
-  and whatever follows it, is not taken for anything:
-
-      size :: 32, crc32 of the term :: 32, term :: size bytes
-
-  The records, each made durable after what it speaks of:
-
-  - `{:begin, %{identity:, options:, tensors:, bytes:}}` - what the job is to do, first
-  - `{:resumed, identity}` - with what it was gone on with
-  - `{:scales, group, %{scales:, source_hash:}}` - what was chosen for a group of weights
-  - `{:rows, shard, name, {first, last}, %{stats:, source_hash:, parts:, span:}}` - a
-    finished range of the rows of a huge tensor
-  - `{:unit, shard, name, %{row:, source_hash:, parts:}}` - a finished tensor; `parts`
-    are `{tensor, {start, end}, sha256, content}`, bytes of a tensor of the output, and the
-    content of one that the shard gets only when it is finished, `nil` for others;
-    `source_hash` is `[{{first, last}, hash}]` where ranges were finished before
-  - `{:verified, name, span}` - a unit of an earlier job was looked at, and when
-  - `{:kept, shard, name, reason}` - a weight that has to be kept after all
-  - `{:rewritten, shard, %{name => reason}}` - a shard that others replace
-  - `{:named, [{file, final}]}` - the files of shards get these names
-  - `{:published, report}` - everything is there and about to appear; the report is
-    without its rows, which are those of the units
-  """
+  @moduledoc false
+  # The file in an unfinished output that says what of it is done.
+  #
+  # It begins with a line that names it and is only appended to. A record is a term
+  # behind its length and checksum, so that one that was torn by the end of a machine,
+  # and whatever follows it, is not taken for anything:
+  #
+  #     size :: 32, crc32 of the term :: 32, term :: size bytes
+  #
+  # The records, each made durable after what it speaks of:
+  #
+  # - `{:begin, %{identity:, options:, tensors:, bytes:}}` - what the job is to do, first
+  # - `{:resumed, identity}` - with what it was gone on with
+  # - `{:scales, group, %{scales:, source_hash:}}` - what was chosen for a group of weights
+  # - `{:rows, shard, name, {first, last}, %{stats:, source_hash:, parts:, span:}}` - a
+  #   finished range of the rows of a huge tensor
+  # - `{:unit, shard, name, %{row:, source_hash:, parts:}}` - a finished tensor; `parts`
+  #   are `{tensor, {start, end}, sha256, content}`, bytes of a tensor of the output, and the
+  #   content of one that the shard gets only when it is finished, `nil` for others;
+  #   `source_hash` is `[{{first, last}, hash}]` where ranges were finished before
+  # - `{:verified, name, span}` - a unit of an earlier job was looked at, and when
+  # - `{:kept, shard, name, reason}` - a weight that has to be kept after all
+  # - `{:rewritten, shard, %{name => reason}}` - a shard that others replace
+  # - `{:named, [{file, final}]}` - the files of shards get these names
+  # - `{:published, report}` - everything is there and about to appear; the report is
+  #   without its rows, which are those of the units
 
   alias VivaTensor.Error
   alias VivaTensor.Job.{FileError, Observation, Ranges, Span}

@@ -1,20 +1,19 @@
 defmodule VivaTensor.Job.Member do
-  @moduledoc """
-  What works for a job on another node.
-
-  It opens the source by its path and makes the same plan, so that a unit is sent as a
-  few words and never as a tensor. It is refused where the source or the output is not
-  what the job sees under that path: the storage has to be shared.
-
-  A unit runs here as it does in its job: admitted by this node's admission, in a worker
-  of its own, with a cancel flag of its own. What it wrote is synced before it is told,
-  since no other machine can sync it. The same messages come to the job as from a worker
-  of its own node, behind the reference under which it sent the step.
-
-  A member ends with its job, or when it is cut off from it. The job gives its units to
-  others then; what is still written here are the same bytes to the same places, and
-  only ever to the files that the job made: see `VivaTensor.Job.Shard.open/3`.
-  """
+  @moduledoc false
+  # What works for a job on another node.
+  #
+  # It opens the source by its path and makes the same plan, so that a unit is sent as a
+  # few words and never as a tensor. It is refused where the source or the output is not
+  # what the job sees under that path: the storage has to be shared.
+  #
+  # A unit runs here as it does in its job: admitted by this node's admission, in a worker
+  # of its own, with a cancel flag of its own. What it wrote is synced before it is told,
+  # since no other machine can sync it. The same messages come to the job as from a worker
+  # of its own node, behind the reference under which it sent the step.
+  #
+  # A member ends with its job, or when it is cut off from it. The job gives its units to
+  # others then; what is still written here are the same bytes to the same places, and
+  # only ever to the files that the job made: see `VivaTensor.Job.Shard.open/3`.
 
   use GenServer, restart: :temporary
 

@@ -1,12 +1,11 @@
 defmodule VivaTensor.Job.Members do
-  @moduledoc """
-  The other nodes of a job, as the job sees them.
-
-  A node joins when its member (`VivaTensor.Job.Member`) has made the plan, which a
-  process of its own waits for, since the node may answer late or never. One that does
-  not answer, or is lost, is asked again every few seconds and whenever it comes up; one
-  that refuses, because it sees another source or no output, is not.
-  """
+  @moduledoc false
+  # The other nodes of a job, as the job sees them.
+  #
+  # A node joins when its member (`VivaTensor.Job.Member`) has made the plan, which a
+  # process of its own waits for, since the node may answer late or never. One that does
+  # not answer, or is lost, is asked again every few seconds and whenever it comes up; one
+  # that refuses, because it sees another source or no output, is not.
 
   alias VivaTensor.{Error, Native}
   alias VivaTensor.Job.{Member, Options, Step, Workers}

@@ -1,14 +1,13 @@
 defmodule VivaTensor.Job.Observation do
-  @moduledoc """
-  What a job knows of the activations of a model: the statistics that its recipe
-  names, checked against the weights that it quantizes, and which of these weights
-  share the scales of their columns.
-
-  Scales are chosen for a group at once, before any unit runs, because a norm that is
-  divided by them and the weights that are multiplied by them are units of their own.
-  They are recorded with a hash of what they were chosen from, and used again by a job
-  that goes on and by other nodes.
-  """
+  @moduledoc false
+  # What a job knows of the activations of a model: the statistics that its recipe
+  # names, checked against the weights that it quantizes, and which of these weights
+  # share the scales of their columns.
+  #
+  # Scales are chosen for a group at once, before any unit runs, because a norm that is
+  # divided by them and the weights that are multiplied by them are units of their own.
+  # They are recorded with a hash of what they were chosen from, and used again by a job
+  # that goes on and by other nodes.
 
   alias VivaTensor.{Calibration, Error, Native, Recipe}
   alias VivaTensor.Job.Unit

@@ -1,7 +1,6 @@
 defmodule VivaTensor.Job.Options do
-  @moduledoc """
-  The options of a job, checked once, before a process is started for it.
-  """
+  @moduledoc false
+  # The options of a job, checked once, before a process is started for it.
 
   alias VivaTensor.{Calibration, Conversion, Error, Recipe, Size, Vectors}
 

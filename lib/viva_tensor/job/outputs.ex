@@ -1,14 +1,13 @@
 defmodule VivaTensor.Job.Outputs do
-  @moduledoc """
-  Opens the unfinished outputs of jobs and lets go of those whose job dies.
-
-  A job that ends in order commits or closes its own output. A job that is killed
-  cannot, so this process, which stands above all jobs, watches them: what they
-  recorded stays for a job that goes on with it, and what is not recorded goes.
-
-  A file `.NAME.cancel` beside an output, which `mix viva.jobs cancel` makes, cancels the
-  job that writes it, whichever process that is.
-  """
+  @moduledoc false
+  # Opens the unfinished outputs of jobs and lets go of those whose job dies.
+  #
+  # A job that ends in order commits or closes its own output. A job that is killed
+  # cannot, so this process, which stands above all jobs, watches them: what they
+  # recorded stays for a job that goes on with it, and what is not recorded goes.
+  #
+  # A file `.NAME.cancel` beside an output, which `mix viva.jobs cancel` makes, cancels the
+  # job that writes it, whichever process that is.
 
   use GenServer
 

@@ -1,12 +1,11 @@
 defmodule VivaTensor.Job.Placement do
-  @moduledoc """
-  Which steps of a job begin next, and on which node.
-
-  The first of the queue begins here where a worker is free, and otherwise the first that
-  others can do goes to the node with the most free workers. Nothing begins while what
-  a killed job would have to do again exceeds its largest unit for each worker: until then
-  work runs ahead of the manifest, so that one sync serves many units.
-  """
+  @moduledoc false
+  # Which steps of a job begin next, and on which node.
+  #
+  # The first of the queue begins here where a worker is free, and otherwise the first that
+  # others can do goes to the node with the most free workers. Nothing begins while what
+  # a killed job would have to do again exceeds its largest unit for each worker: until then
+  # work runs ahead of the manifest, so that one sync serves many units.
 
   alias VivaTensor.Job.{Admission, Ledger, Members, Options, Shard, Step, Tally}
 

@@ -1,13 +1,12 @@
 defmodule VivaTensor.Job.Plan do
-  @moduledoc """
-  What a job is going to do: the opened source, one unit for each tensor in the
-  order of the file, and how the units fall into shards.
-
-  The order of the file is kept because a shard can then be synced and closed as
-  soon as its last unit is written, so few are open at a time, and because the
-  source is read from front to back. Taking the largest units first would even
-  out the end of a job, but one large unit already uses every native thread.
-  """
+  @moduledoc false
+  # What a job is going to do: the opened source, one unit for each tensor in the
+  # order of the file, and how the units fall into shards.
+  #
+  # The order of the file is kept because a shard can then be synced and closed as
+  # soon as its last unit is written, so few are open at a time, and because the
+  # source is read from front to back. Taking the largest units first would even
+  # out the end of a job, but one large unit already uses every native thread.
 
   alias VivaTensor.{Conversion, Error, Native, Recipe}
   alias VivaTensor.Job.{FileError, Observation, Options, Unit}

@@ -1,9 +1,8 @@
 defmodule VivaTensor.Job.Publication do
-  @moduledoc """
-  The end of a job: shards get their final names, everything around them is
-  written (index, config, tokenizer files, report), and the whole directory
-  appears under its own name.
-  """
+  @moduledoc false
+  # The end of a job: shards get their final names, everything around them is
+  # written (index, config, tokenizer files, report), and the whole directory
+  # appears under its own name.
 
   alias VivaTensor.{Error, Native, Recipe, Report}
   alias VivaTensor.Job.{FileError, Identity, Ledger, Options, Plan, ReportFiles, Rows}

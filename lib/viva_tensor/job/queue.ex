@@ -9,8 +9,8 @@ defmodule VivaTensor.Job.Queue do
   `at_once` run at a time; those that ran when the node ended are gone on with when it is
   back, before any other.
 
-  The file is made of the records of `VivaTensor.Job.Manifest`: `{:added, id, options}`
-  and `{:ended, id, outcome}`.
+  The file has records, as the manifest of a job does: `{:added, id, options}` and
+  `{:ended, id, outcome}`.
   """
 
   use GenServer

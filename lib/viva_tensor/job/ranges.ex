@@ -1,7 +1,6 @@
 defmodule VivaTensor.Job.Ranges do
-  @moduledoc """
-  Huge tensors, of whose rows a unit does a range: what is done of each, until all is.
-  """
+  @moduledoc false
+  # Huge tensors, of whose rows a unit does a range: what is done of each, until all is.
 
   alias VivaTensor.Job.{Admission, Span, Step, Unit}
   alias VivaTensor.{Native, Report}

@@ -1,7 +1,6 @@
 defmodule VivaTensor.Job.ReportFiles do
-  @moduledoc """
-  The report of a job in its output: as JSON, and as a page of that.
-  """
+  @moduledoc false
+  # The report of a job in its output: as JSON, and as a page of that.
 
   alias VivaTensor.{Error, Native, Page}
 

@@ -1,11 +1,10 @@
 defmodule VivaTensor.Job.Resumption do
-  @moduledoc """
-  What an earlier job left in an unfinished output, held against what is to be done
-  now.
-
-  Nothing is taken on trust: what the manifest says is done is read back and hashed
-  before it counts, by the steps of the job that goes on with it.
-  """
+  @moduledoc false
+  # What an earlier job left in an unfinished output, held against what is to be done
+  # now.
+  #
+  # Nothing is taken on trust: what the manifest says is done is read back and hashed
+  # before it counts, by the steps of the job that goes on with it.
 
   alias VivaTensor.{Error, Native}
   alias VivaTensor.Job.{FileError, Identity, Manifest, Observation, Options, Plan}

@@ -1,8 +1,7 @@
 defmodule VivaTensor.Job.Rows do
-  @moduledoc """
-  What the report of a job says of its units, as the manifest has it: while it runs, a job
-  of a million units holds none of that in memory.
-  """
+  @moduledoc false
+  # What the report of a job says of its units, as the manifest has it: while it runs, a job
+  # of a million units holds none of that in memory.
 
   alias VivaTensor.{Error, Report}
   alias VivaTensor.Job.{Manifest, Span, Unit}

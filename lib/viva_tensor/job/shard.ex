@@ -1,23 +1,22 @@
 defmodule VivaTensor.Job.Shard do
-  @moduledoc """
-  One file of the output while it is being written.
-
-  A shard is opened when its first unit starts and finished when its last one is
-  done. Its id is a list, so that a shard that has to be written again can be
-  replaced by several that sort into its place; its file has a provisional name
-  until the number of shards is certain.
-
-  ## Weights that are not finite
-
-  Room in a shard is reserved before its units run, so a weight that turns out to
-  hold NaN or infinities under `non_finite: :keep` does not fit in its place. The
-  unit is only noted, and when all others of its shard are done, that shard alone
-  is written again with those weights kept. The second pass cannot meet others,
-  so no shard is written more than twice, and a checkpoint without such weights,
-  which is nearly every one, pays nothing; a pass that looks for them beforehand
-  would read everything twice for all. The larger shard is cut in several if it
-  would pass `max_shard_size`.
-  """
+  @moduledoc false
+  # One file of the output while it is being written.
+  #
+  # A shard is opened when its first unit starts and finished when its last one is
+  # done. Its id is a list, so that a shard that has to be written again can be
+  # replaced by several that sort into its place; its file has a provisional name
+  # until the number of shards is certain.
+  #
+  # ## Weights that are not finite
+  #
+  # Room in a shard is reserved before its units run, so a weight that turns out to
+  # hold NaN or infinities under `non_finite: :keep` does not fit in its place. The
+  # unit is only noted, and when all others of its shard are done, that shard alone
+  # is written again with those weights kept. The second pass cannot meet others,
+  # so no shard is written more than twice, and a checkpoint without such weights,
+  # which is nearly every one, pays nothing; a pass that looks for them beforehand
+  # would read everything twice for all. The larger shard is cut in several if it
+  # would pass `max_shard_size`.
 
   alias VivaTensor.{Error, Native}
   alias VivaTensor.Job.{FileError, Plan, Unit}

@@ -1,11 +1,10 @@
 defmodule VivaTensor.Job.Span do
-  @moduledoc """
-  When a unit was done, and by which worker: its bar in the time line of the job.
-
-  Times are seconds since the job began. Those of an earlier job mean nothing to the one
-  that goes on with it, so a unit that was done then has the times of being looked at now,
-  and is marked as `verified`.
-  """
+  @moduledoc false
+  # When a unit was done, and by which worker: its bar in the time line of the job.
+  #
+  # Times are seconds since the job began. Those of an earlier job mean nothing to the one
+  # that goes on with it, so a unit that was done then has the times of being looked at now,
+  # and is marked as `verified`.
 
   alias VivaTensor.Job.Step
   alias VivaTensor.Report

@@ -39,7 +39,8 @@ defmodule VivaTensor.Job.Status do
           eta_seconds: float | nil
         }
 
-  @doc "The status of a job's state and data after `seconds`."
+  # Of a job's state and data after `seconds`.
+  @doc false
   @spec of(atom, map, float) :: t
   def of(state, data, seconds) do
     tally = data.tally

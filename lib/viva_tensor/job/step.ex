@@ -1,17 +1,16 @@
 defmodule VivaTensor.Job.Step do
-  @moduledoc """
-  One thing that a worker of a job does: make the plan, read what an earlier job
-  recorded, choose the scales of a group of weights, do a unit or look whether it is
-  done already, finish a shard.
-
-  Very small units that keep their tensors are done one after another by one worker, since
-  handing each of them out would take longer than doing it. What fails there is done again
-  alone.
-
-  Its cancel flag is its own and made anew for each attempt, so that one that takes
-  too long can be asked to leave without any other. A step that was sent to another
-  `node` has its flag there, with the member that it is `away` with.
-  """
+  @moduledoc false
+  # One thing that a worker of a job does: make the plan, read what an earlier job
+  # recorded, choose the scales of a group of weights, do a unit or look whether it is
+  # done already, finish a shard.
+  #
+  # Very small units that keep their tensors are done one after another by one worker, since
+  # handing each of them out would take longer than doing it. What fails there is done again
+  # alone.
+  #
+  # Its cancel flag is its own and made anew for each attempt, so that one that takes
+  # too long can be asked to leave without any other. A step that was sent to another
+  # `node` has its flag there, with the member that it is `away` with.
 
   alias VivaTensor.Job.{Manifest, Observation, Resumption, Shard, Span}
   alias VivaTensor.Job.{Unit, Workers}

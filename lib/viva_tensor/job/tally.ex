@@ -1,7 +1,6 @@
 defmodule VivaTensor.Job.Tally do
-  @moduledoc """
-  How the units and shards of a job stand.
-  """
+  @moduledoc false
+  # How the units and shards of a job stand.
 
   alias VivaTensor.{Error, Report}
   alias VivaTensor.Job.{Manifest, Observation, Plan, Ranges, Shard, Unit}

@@ -1,8 +1,7 @@
 defmodule VivaTensor.Job.Unfinished do
-  @moduledoc """
-  Outputs that jobs are writing now, or left unfinished, as the disk tells of them: in this
-  VM or any other.
-  """
+  @moduledoc false
+  # Outputs that jobs are writing now, or left unfinished, as the disk tells of them: in this
+  # VM or any other.
 
   alias VivaTensor.{Error, Native}
   alias VivaTensor.Job.Manifest

@@ -1,12 +1,11 @@
 defmodule VivaTensor.Job.Unit do
-  @moduledoc """
-  The piece of work that a worker does at once: one tensor, or a range of the rows of a
-  huge one, read from the source and written, quantized, converted or as it is, to its
-  place in a shard of the output.
-
-  Where it goes is reserved when its shard is created, so units may finish in
-  any order, and doing one twice writes the same bytes to the same place.
-  """
+  @moduledoc false
+  # The piece of work that a worker does at once: one tensor, or a range of the rows of a
+  # huge one, read from the source and written, quantized, converted or as it is, to its
+  # place in a shard of the output.
+  #
+  # Where it goes is reserved when its shard is created, so units may finish in
+  # any order, and doing one twice writes the same bytes to the same place.
 
   alias VivaTensor.{Error, Native, Telemetry}
 

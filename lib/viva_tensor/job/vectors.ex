@@ -1,19 +1,18 @@
 defmodule VivaTensor.Job.Vectors do
-  @moduledoc """
-  The state machine of a job that compresses vectors.
-
-      planning --> running --> finishing --> done
-          |           |            |          ^
-          `-----------`------------`--> stopping
-
-  It speaks to others as `VivaTensor.Job.Machine` does; what it has done is different. A
-  checkpoint's units are known beforehand and done in any order. Vectors come one after
-  the other, perhaps without end, so that one worker takes them piece by piece
-  (`VivaTensor.Job.Vectors.Worker`), each piece with all native threads.
-
-  A worker that dies is started anew, up to three times in all, and goes on with what is
-  recorded, if its vectors are in a file: a stream cannot be asked for its elements again.
-  """
+  @moduledoc false
+  # The state machine of a job that compresses vectors.
+  #
+  #     planning --> running --> finishing --> done
+  #         |           |            |          ^
+  #         `-----------`------------`--> stopping
+  #
+  # It speaks to others as `VivaTensor.Job.Machine` does; what it has done is different. A
+  # checkpoint's units are known beforehand and done in any order. Vectors come one after
+  # the other, perhaps without end, so that one worker takes them piece by piece
+  # (`VivaTensor.Job.Vectors.Worker`), each piece with all native threads.
+  #
+  # A worker that dies is started anew, up to three times in all, and goes on with what is
+  # recorded, if its vectors are in a file: a stream cannot be asked for its elements again.
 
   @behaviour :gen_statem
 

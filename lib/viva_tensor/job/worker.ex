@@ -1,8 +1,7 @@
 defmodule VivaTensor.Job.Worker do
-  @moduledoc """
-  What the worker of a step does: a function that takes along the few terms that it
-  needs, not the whole plan.
-  """
+  @moduledoc false
+  # What the worker of a step does: a function that takes along the few terms that it
+  # needs, not the whole plan.
 
   alias VivaTensor.{Error, Native}
   alias VivaTensor.Job.{Events, Identity, Observation, Resumption, Shard, Step, Tally, Unit}

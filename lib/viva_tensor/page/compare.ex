@@ -1,7 +1,6 @@
 defmodule VivaTensor.Page.Compare do
-  @moduledoc """
-  The page of a comparison of formats: what `mix viva.compare --json` prints, in pictures.
-  """
+  @moduledoc false
+  # The page of a comparison of formats: what `mix viva.compare --json` prints, in pictures.
 
   import VivaTensor.Markup, only: [element: 3, raw: 1]
   import VivaTensor.Page.Parts

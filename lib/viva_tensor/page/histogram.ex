@@ -1,7 +1,6 @@
 defmodule VivaTensor.Page.Histogram do
-  @moduledoc """
-  Where the weights are, and where the values that a format has for them.
-  """
+  @moduledoc false
+  # Where the weights are, and where the values that a format has for them.
 
   import VivaTensor.Markup, only: [element: 2, element: 3]
   import VivaTensor.Page.Parts

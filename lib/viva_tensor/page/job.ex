@@ -1,7 +1,6 @@
 defmodule VivaTensor.Page.Job do
-  @moduledoc """
-  The page of a job's report: what `report.json` holds, in pictures.
-  """
+  @moduledoc false
+  # The page of a job's report: what `report.json` holds, in pictures.
 
   import VivaTensor.Markup, only: [element: 2, element: 3]
   import VivaTensor.Page.Parts

@@ -1,8 +1,7 @@
 defmodule VivaTensor.Page.Parts do
-  @moduledoc """
-  What the sections of a page are made of: tiles, tables, legends, plots with marks that
-  can be reached, and how figures are written.
-  """
+  @moduledoc false
+  # What the sections of a page are made of: tiles, tables, legends, plots with marks that
+  # can be reached, and how figures are written.
 
   import VivaTensor.Markup, only: [element: 2, element: 3]
 

@@ -1,8 +1,7 @@
 defmodule VivaTensor.Page.Quality do
-  @moduledoc """
-  How good each quantized tensor still is: a dot for each, those of the same kind of
-  layer in a row.
-  """
+  @moduledoc false
+  # How good each quantized tensor still is: a dot for each, those of the same kind of
+  # layer in a row.
 
   import VivaTensor.Markup, only: [element: 2]
   import VivaTensor.Page.Parts

@@ -1,7 +1,6 @@
 defmodule VivaTensor.Page.Sizes do
-  @moduledoc """
-  How large each layer was and is: a bar for before, with one in it for what is left.
-  """
+  @moduledoc false
+  # How large each layer was and is: a bar for before, with one in it for what is left.
 
   import VivaTensor.Markup, only: [element: 2]
   import VivaTensor.Page.Parts

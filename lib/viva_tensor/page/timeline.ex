@@ -1,7 +1,6 @@
 defmodule VivaTensor.Page.Timeline do
-  @moduledoc """
-  When each unit was done: a lane for each worker, a bar for each unit.
-  """
+  @moduledoc false
+  # When each unit was done: a lane for each worker, a bar for each unit.
 
   import VivaTensor.Markup, only: [element: 2]
   import VivaTensor.Page.Parts

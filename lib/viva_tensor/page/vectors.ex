@@ -1,8 +1,7 @@
 defmodule VivaTensor.Page.Vectors do
-  @moduledoc """
-  The page of a job that compressed vectors: how small they became, and how many of the
-  nearest a search in them still finds.
-  """
+  @moduledoc false
+  # The page of a job that compressed vectors: how small they became, and how many of the
+  # nearest a search in them still finds.
 
   import VivaTensor.Markup, only: [element: 2, element: 3]
   import VivaTensor.Page.Parts

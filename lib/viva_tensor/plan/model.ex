@@ -1,8 +1,7 @@
 defmodule VivaTensor.Plan.Model do
-  @moduledoc """
-  The tensors of a model, and what its cache of keys and values depends on: from the
-  headers of a checkpoint, or from the configuration of a Llama.
-  """
+  @moduledoc false
+  # The tensors of a model, and what its cache of keys and values depends on: from the
+  # headers of a checkpoint, or from the configuration of a Llama.
 
   alias VivaTensor.{Checkpoint, Error, Native}
 

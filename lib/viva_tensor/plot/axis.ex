@@ -1,14 +1,7 @@
 defmodule VivaTensor.Plot.Axis do
-  @moduledoc """
-  Axes of plots: what range of values they have, where their ticks are, and how its
-  numbers are written.
-
-      iex> axis = VivaTensor.Plot.Axis.new([0, 10])
-      iex> {Float.round(axis.low, 2), axis.ticks}
-      {-0.7, [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]}
-      iex> Float.round(VivaTensor.Plot.Axis.part(axis, 5), 2)
-      0.5
-  """
+  @moduledoc false
+  # Axes of plots: what range of values they have, where their ticks are, and how its
+  # numbers are written.
 
   @enforce_keys [:scale, :low, :high, :ticks]
   defstruct [:scale, :low, :high, :ticks]
@@ -24,6 +17,10 @@ defmodule VivaTensor.Plot.Axis do
   @doc """
   An axis with all of these values on it, and a margin of a part of their span on
   both sides. Options: `log: false`, `margin: 0.07`.
+
+      iex> axis = VivaTensor.Plot.Axis.new([0, 10])
+      iex> {Float.round(axis.low, 2), axis.ticks}
+      {-0.7, [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]}
   """
   @spec new([number], keyword) :: t
   def new(values, options \\ [])
@@ -42,7 +39,13 @@ defmodule VivaTensor.Plot.Axis do
     %__MODULE__{scale: scale, low: low, high: high, ticks: ticks}
   end
 
-  @doc "How far a value is from the low end of an axis to the high one, of 1."
+  @doc """
+  How far a value is from the low end of an axis to the high one, of 1.
+
+      iex> axis = VivaTensor.Plot.Axis.new([0, 10])
+      iex> Float.round(VivaTensor.Plot.Axis.part(axis, 5), 2)
+      0.5
+  """
   @spec part(t, number) :: float
   def part(axis, value), do: (axis.scale.(value) - axis.low) / (axis.high - axis.low)
 

@@ -1,7 +1,6 @@
 defmodule VivaTensor.Job.Vectors.Left do
-  @moduledoc """
-  What an earlier job left of vectors, held against those of now.
-  """
+  @moduledoc false
+  # What an earlier job left of vectors, held against those of now.
 
   alias VivaTensor.{Error, Native}
   alias VivaTensor.Job.{Identity, Manifest, Options, Outputs}

@@ -1,10 +1,9 @@
 defmodule VivaTensor.Job.Vectors.Source do
-  @moduledoc """
-  Where vectors come from, piece by piece: the rows of a matrix in a file, or a stream.
-
-  Pieces are cut by the vectors' dimension alone, so that a job that goes on with another
-  meets the same ones.
-  """
+  @moduledoc false
+  # Where vectors come from, piece by piece: the rows of a matrix in a file, or a stream.
+  #
+  # Pieces are cut by the vectors' dimension alone, so that a job that goes on with another
+  # meets the same ones.
 
   alias VivaTensor.{Error, Native, Tensor}
   alias VivaTensor.Job.Options

@@ -1,12 +1,11 @@
 defmodule VivaTensor.Job.Vectors.Worker do
-  @moduledoc """
-  The work of a job that compresses vectors: each piece is encoded, written, synced and
-  recorded before the next one is begun, and in the end the output appears.
-
-  A record is like that of a checkpoint's unit. What an earlier job recorded counts if
-  what it wrote is there, and for a stream, or a file that was touched, if its vectors are
-  the same too.
-  """
+  @moduledoc false
+  # The work of a job that compresses vectors: each piece is encoded, written, synced and
+  # recorded before the next one is begun, and in the end the output appears.
+  #
+  # A record is like that of a checkpoint's unit. What an earlier job recorded counts if
+  # what it wrote is there, and for a stream, or a file that was touched, if its vectors are
+  # the same too.
 
   alias VivaTensor.{Error, Native, Telemetry}
   alias VivaTensor.Job.{Admission, Identity, Manifest, Options, ReportFiles, Unit, Vectors}
