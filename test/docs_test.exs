@@ -3,7 +3,7 @@ defmodule VivaTensor.DocsTest do
   use ExUnit.Case, async: false
 
   alias VivaTensor.{Checkpoint, Job, Quantized, Recipe, Tensor}
-  alias VivaTensor.Test.{Directory, Examples}
+  alias VivaTensor.Test.{Directory, Examples, Libraries}
 
   Code.require_file("bench/formats_table.exs")
 
@@ -11,28 +11,27 @@ defmodule VivaTensor.DocsTest do
   @weight "model.layers.0.mlp.up_proj.weight"
   @pages ["README.md" | Path.wildcard("docs/**/*.{md,cheatmd}")]
 
-  # What the examples of a page need that may not be here.
-  @needs %{"docs/nx.md" => [Nx, Axon]}
+  for page <- @pages,
+      # What is typed in guides is run too. Of other pages the tests of their languages run it.
+      blocks =
+        if(String.starts_with?(page, "docs/guides/"),
+          do: Examples.blocks(page),
+          else: Examples.blocks(page, "elixir")
+        ),
+      blocks != [] do
+    {needing, others} =
+      Enum.split_with(blocks, fn {_, code, _} -> code =~ ~r/\b(Nx|Axon|Bumblebee)\b/ end)
 
-  for page <- @pages do
-    missing = Enum.reject(Map.get(@needs, page, []), &Code.ensure_loaded?/1)
-
-    if missing != [] do
-      reason = "no #{Enum.map_join(missing, ", ", &inspect/1)} here"
-      IO.puts(:stderr, "\nThe examples of #{page} DO NOT RUN: #{reason}\n")
-      @tag skip: reason
-    end
+    absent = needing != [] && Libraries.absent([Nx, Axon], "What #{page} shows of Nx")
+    if absent && others == [], do: @tag(skip: absent)
+    @blocks if absent, do: others, else: blocks
 
     # Jobs sync what they write, and a page may have several.
     @tag timeout: 600_000
     test "the examples of #{page} run" do
-      Examples.run(unquote(page), shown(unquote(page)))
+      Examples.run(unquote(page), @blocks)
     end
   end
-
-  # What is typed in guides is run too. Of other pages the tests of their languages run it.
-  defp shown("docs/guides/" <> _ = page), do: Examples.blocks(page)
-  defp shown(page), do: Examples.blocks(page, "elixir")
 
   # Indented commands of the README that print what follows them.
   for command <- ["mix viva.plan llama-7b llama-13b llama-30b llama-70b --vram 24GB"] do

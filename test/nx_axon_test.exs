@@ -1,4 +1,6 @@
-if Code.ensure_loaded?(Axon) do
+alias VivaTensor.Test.Libraries
+
+if Libraries.here?([Axon], VivaTensor.NxAxonTest) do
   defmodule VivaTensor.NxAxonTest do
     # Memory of the whole VM is measured.
     use ExUnit.Case, async: false
@@ -171,17 +173,6 @@ if Code.ensure_loaded?(Axon) do
       {:error, error} = VivaTensor.Axon.quantize_model(%{}, state, :int8)
       assert Exception.message(error) =~ "Axon model"
       assert_raise Error, fn -> VivaTensor.Axon.quantize_model!(model, state, :int9) end
-    end
-  end
-else
-  defmodule VivaTensor.NxAxonTest do
-    use ExUnit.Case, async: true
-
-    reason = "no Axon here: VIVA_TENSOR_NX_EBIN names its directory and those it needs"
-    IO.puts(:stderr, "\n#{inspect(__MODULE__)} DOES NOT RUN: #{reason}\n")
-
-    @tag skip: reason
-    test "with Axon" do
     end
   end
 end

@@ -1,4 +1,6 @@
-if Code.ensure_loaded?(Nx) do
+alias VivaTensor.Test.Libraries
+
+if Libraries.here?([Nx], VivaTensor.NxBumblebeeTest) do
   defmodule VivaTensor.NxBumblebeeTest do
     use ExUnit.Case, async: false
 
@@ -83,15 +85,9 @@ if Code.ensure_loaded?(Nx) do
     end
 
     describe "Bumblebee" do
-      unless Code.ensure_loaded?(:"Elixir.Bumblebee") do
-        @reason "no Bumblebee here: VIVA_TENSOR_NX_EBIN names its directory and those it needs"
-        IO.puts(
-          :stderr,
-          "\nBumblebee itself DOES NOT RUN in #{inspect(__MODULE__)}: #{@reason}\n"
-        )
-
-        @describetag skip: @reason
-      end
+      # Not VivaTensor's, which has an alias here.
+      reason = Libraries.absent([:"Elixir.Bumblebee"], "Bumblebee in #{inspect(__MODULE__)}")
+      if reason, do: @describetag(skip: reason)
 
       test "loads a quantized checkpoint as one that was dequantized" do
         model = Path.join(Directory.create!(), "viva-tiny")
@@ -142,17 +138,6 @@ if Code.ensure_loaded?(Nx) do
         {:ok, loaded} = apply(:"Elixir.Bumblebee", :load_model, [{:local, dir}, options])
         loaded
       end
-    end
-  end
-else
-  defmodule VivaTensor.NxBumblebeeTest do
-    use ExUnit.Case, async: true
-
-    reason = "no Nx here: VIVA_TENSOR_NX_EBIN names its directory and those it needs"
-    IO.puts(:stderr, "\n#{inspect(__MODULE__)} DOES NOT RUN: #{reason}\n")
-
-    @tag skip: reason
-    test "with Nx" do
     end
   end
 end
