@@ -33,6 +33,40 @@ defmodule VivaTensor.DocsTest do
     end
   end
 
+  # Who reads may type a block line by line, and iex takes an expression for complete where
+  # it can be: a pipeline that the next line goes on with is not the one of the page.
+  test "iex takes the Elixir of all pages line by line" do
+    for page <- @pages, {_, code, at} <- Examples.blocks(page, "elixir") do
+      left =
+        for line <- String.split(code, ~r/(?<=\n)/), reduce: "" do
+          begun ->
+            refute begun == "" and line =~ ~r/^\s*\|>/, "#{page}:#{at}: #{line}"
+
+            case Code.string_to_quoted(begun <> line) do
+              {:ok, _expression} -> ""
+              {:error, {_, _, ""}} -> begun <> line
+            end
+        end
+
+      assert left == "", "#{page}:#{at} does not end"
+    end
+  end
+
+  test "no page writes where another one did, for who reads both in one directory" do
+    written =
+      for page <- @pages, not String.contains?(page, "zh-CN") do
+        for line <- page |> File.read!() |> String.split("\n"),
+            # Commands about a MODEL of the reader's are not typed as they are.
+            not (line =~ ~r/[A-Z]{4}/),
+            [_, target] <- Regex.scan(~r/(?:--to |\bto: "|\{to, <<")([\w.-]+)/, line),
+            uniq: true,
+            do: target
+      end
+
+    assert [_, _ | _] = written = List.flatten(written)
+    assert written -- Enum.uniq(written) == []
+  end
+
   # Indented commands of the README that print what follows them.
   for command <- ["mix viva.plan llama-7b llama-13b llama-30b llama-70b --vram 24GB"] do
     test "the README shows what #{command} prints" do

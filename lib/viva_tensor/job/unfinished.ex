@@ -55,11 +55,14 @@ defmodule VivaTensor.Job.Unfinished do
   @doc "The error of a target of which nothing is unfinished."
   @spec nothing(Path.t()) :: {:error, Error.t()}
   def nothing(to) do
+    complete? = File.exists?(Path.join(to, "report.json"))
+    hint = if complete?, do: "it is complete", else: "start one"
+
     {:error,
      Error.new(
        :output,
        {:nothing_to_resume, %{path: to}},
-       "no job left anything of #{to} to go on with; start one"
+       "no job left anything of #{to} to go on with; #{hint}"
      )}
   end
 
