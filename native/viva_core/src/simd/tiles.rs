@@ -24,7 +24,8 @@ struct Sums([[[u8; BYTES]; 2]; TOKENS]);
 /// Whether the level in force has tiles, and groups of panels fill them. Panels have to
 /// be of whole steps under ready scales, as [`Form::apart`] makes them.
 pub fn fit(form: &Form) -> bool {
-    let filled = form.quads.is_multiple_of(QUADS) || form.quads == QUADS / 2;
+    let whole = form.quads >= QUADS && form.quads.is_multiple_of(QUADS);
+    let filled = whole || form.quads == QUADS / 2;
     filled && !form.halves && form.scales != Scales::Multiples && has_tiles()
 }
 
@@ -71,7 +72,7 @@ impl Multiply<'_> {
         let form = self.form;
         let tokens = self.out.len();
         let Some(tiles) = Tiles::configure(form.quads.min(QUADS), tokens) else {
-            unreachable!("only panels that fit come here");
+            unreachable!("no panel fits where there are no tiles");
         };
         self.out.fill([[0.0; LANES]; 2]);
         let mut sums = [const { Sums([[[0; BYTES]; 2]; TOKENS]) }; 2];
@@ -136,8 +137,9 @@ fn has_tiles() -> bool {
 /// Multiplies with a panel that [`fit`]s.
 #[cfg(target_arch = "x86_64")]
 pub fn multiply(op: Multiply) {
-    if let Some(token) = Amx::detect() {
-        token.dispatch(op);
+    match Amx::detect() {
+        Some(token) => token.dispatch(op),
+        None => unreachable!("no panel fits where there are no tiles"),
     }
 }
 
@@ -217,6 +219,21 @@ mod amx {
         rows: [u8; 16],
     }
 
+    /// Asks for every fourth of the lines 4 KiB ahead: those between, memory's own
+    /// prefetchers fetch.
+    macro_rules! ask_ahead {
+        () => {
+            "prefetcht0 [{w} + 4096]
+             prefetcht0 [{w} + 4352]
+             prefetcht0 [{w} + 4608]
+             prefetcht0 [{w} + 4864]
+             prefetcht0 [{w} + 5120]
+             prefetcht0 [{w} + 5376]
+             prefetcht0 [{w} + 5632]
+             prefetcht0 [{w} + 5888]"
+        };
+    }
+
     /// The tile registers of this thread, configured: 0 to 3 for sums, 4 and 5 for
     /// activations, 6 and 7 for weights. The compiler knows of none of them.
     pub struct Tiles {
@@ -276,6 +293,7 @@ mod amx {
                     "tilezero tmm0",
                     "tilezero tmm1",
                     "2:",
+                    ask_ahead!(),
                     "tileloadd tmm4, [{x} + {row}*1]",
                     "tileloadd tmm6, [{w} + {line}*1]",
                     "tdpbsud tmm0, tmm4, tmm6",
@@ -313,6 +331,7 @@ mod amx {
                     "tilezero tmm2",
                     "tilezero tmm3",
                     "2:",
+                    ask_ahead!(),
                     "tileloadd tmm4, [{x} + {row}*1]",
                     "tileloadd tmm6, [{w} + {line}*1]",
                     "tdpbsud tmm0, tmm4, tmm6",
@@ -401,7 +420,9 @@ mod absent {
         false
     }
 
-    pub fn multiply(_op: Multiply) {}
+    pub fn multiply(_op: Multiply) {
+        unreachable!("no panel fits where there are no tiles");
+    }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
