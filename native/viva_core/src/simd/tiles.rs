@@ -8,18 +8,16 @@
 //! as in [`super::panel`]: the same bits.
 
 use super::LANES;
-use super::dots::{BYTES, Dots, DotsOp};
-use super::form::{Form, Low, Scales};
+use super::form::{Form, Scales};
 use super::panel::Number;
+
+#[cfg(target_arch = "x86_64")]
+pub use amx::{Amx, dot_int8};
 
 /// Tokens that are multiplied together at most.
 pub const TOKENS: usize = 32;
 /// Fours of columns that a tile has room for.
 const QUADS: usize = 16;
-
-/// One group's sums: of each token those of a panel's rows.
-#[repr(C, align(64))]
-struct Sums([[[u8; BYTES]; 2]; TOKENS]);
 
 /// Whether the level in force has tiles, and groups of panels fill them. Panels have to
 /// be of whole steps under ready scales, as [`Form::apart`] makes them.
@@ -52,104 +50,21 @@ pub struct Multiply<'a> {
     pub out: &'a mut [[[f32; LANES]; 2]],
 }
 
-impl DotsOp for Multiply<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Dots>(self, isa: I) {
-        if self.form.low == Low::Nothing {
-            self.groups::<I, false>(isa);
-        } else {
-            self.groups::<I, true>(isa);
-        }
-    }
-}
-
-impl Multiply<'_> {
-    /// While tiles multiply one group, vectors take care of the sums of the one before.
-    #[inline(always)]
-    fn groups<I: Dots, const LOWS: bool>(self, isa: I) {
-        let form = self.form;
-        let tokens = self.out.len();
-        let Some(tiles) = Tiles::configure(form.quads.min(QUADS), tokens) else {
-            unreachable!("no panel fits where there are no tiles");
-        };
-        self.out.fill([[0.0; LANES]; 2]);
-        let mut sums = [const { Sums([[[0; BYTES]; 2]; TOKENS]) }; 2];
-        let groups = self.panel.chunks_exact(form.group());
-        let codes = self.codes.chunks_exact(form.quads * tokens);
-        let numbers = self.numbers.chunks_exact(tokens);
-        let mut before: Option<(&[u8], &[Number])> = None;
-        for (i, ((group, codes), numbers)) in groups.zip(codes).zip(numbers).enumerate() {
-            let (header, lines) = group.split_at(form.header());
-            let [even, odd] = &mut sums;
-            let (now, last) = if i % 2 == 0 { (even, odd) } else { (odd, even) };
-            tiles.multiply(codes, lines, now);
-            if let Some((header, numbers)) = before {
-                add_up::<I, LOWS>(isa, (form, header), last, numbers, self.out);
-            }
-            before = Some((header, numbers));
-        }
-        if let Some((header, numbers)) = before {
-            let last = &sums[(form.groups - 1) % 2];
-            add_up::<I, LOWS>(isa, (form, header), last, numbers, self.out);
-        }
-    }
-}
-
-/// Adds a group's sums to the results, as panels without tiles do.
-#[inline(always)]
-fn add_up<I: Dots, const LOWS: bool>(
-    isa: I,
-    (form, header): (&Form, &[u8]),
-    sums: &Sums,
-    numbers: &[Number],
-    out: &mut [[[f32; LANES]; 2]],
-) {
-    let none = form.load_units::<I, 2>(isa, &[], 0);
-    let of = form.load_numbers(isa, none, header, 0);
-    for ((sums, number), out) in sums.0.iter().zip(numbers).zip(out) {
-        let (scale, codes) = (isa.splat(number.scale), isa.splat(number.sum));
-        let start = isa.splat_u(number.start as u32);
-        for v in 0..2 {
-            let sum = isa.int_to_float(isa.add_u(isa.load_u32(&sums[v]), start));
-            let by = isa.mul(of.scales[v], scale);
-            let mut result = isa.fused(by, sum, isa.load(&out[v]));
-            if LOWS {
-                result = isa.fused(of.lows[v], codes, result);
-            }
-            isa.store(result, &mut out[v]);
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-pub use amx::Amx;
-#[cfg(target_arch = "x86_64")]
-use amx::Tiles;
-
 /// Whether the level in force has tiles.
-#[cfg(target_arch = "x86_64")]
 fn has_tiles() -> bool {
-    super::level() == super::Level::Avx512Amx && Amx::detect().is_some()
+    #[cfg(target_arch = "x86_64")]
+    return super::level() == super::Level::Avx512Amx && Amx::detect().is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// Multiplies with a panel that [`fit`]s.
-#[cfg(target_arch = "x86_64")]
 pub fn multiply(op: Multiply) {
-    match Amx::detect() {
-        Some(token) => token.dispatch(op),
-        None => unreachable!("no panel fits where there are no tiles"),
+    #[cfg(target_arch = "x86_64")]
+    if let Some(token) = Amx::detect() {
+        return token.dispatch(op);
     }
-}
-
-/// Multiplies tiles and does nothing else, for benchmarks to divide by; operations done.
-#[cfg(target_arch = "x86_64")]
-pub fn dot_int8(rounds: usize) -> Option<usize> {
-    const SUMS: usize = 4;
-    let tiles = Tiles::configure(QUADS, TOKENS).filter(|_| has_tiles() && rounds > 0)?;
-    tiles.repeat(rounds);
-    Some(rounds * SUMS * LANES * LANES * BYTES * 2)
+    unreachable!("no panel of {} groups fits without tiles", op.form.groups);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -160,9 +75,11 @@ mod amx {
     use core::arch::x86_64::__cpuid_count;
     use std::sync::OnceLock;
 
-    use super::{DotsOp, Sums, TOKENS};
-    use crate::simd::Avx512Vnni;
-    use crate::simd::form::LINE;
+    use super::{Multiply, QUADS, TOKENS};
+    use crate::simd::dots::{BYTES, Dots, DotsOp};
+    use crate::simd::form::{Form, LINE, Low};
+    use crate::simd::panel::Number;
+    use crate::simd::{Avx512Vnni, LANES};
 
     /// Tokens of a tile.
     const ROWS: usize = TOKENS / 2;
@@ -219,6 +136,89 @@ mod amx {
         rows: [u8; 16],
     }
 
+    /// One group's sums: of each token those of a panel's rows.
+    #[repr(C, align(64))]
+    struct Sums([[[u8; BYTES]; 2]; TOKENS]);
+
+    impl DotsOp for Multiply<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<I: Dots>(self, isa: I) {
+            if self.form.low == Low::Nothing {
+                self.groups::<I, false>(isa);
+            } else {
+                self.groups::<I, true>(isa);
+            }
+        }
+    }
+
+    impl Multiply<'_> {
+        /// While tiles multiply one group, vectors take care of the sums of the one before.
+        #[inline(always)]
+        fn groups<I: Dots, const LOWS: bool>(self, isa: I) {
+            let form = self.form;
+            let tokens = self.out.len();
+            let Some(tiles) = Tiles::configure(form.quads.min(QUADS), tokens) else {
+                unreachable!("no panel fits where there are no tiles");
+            };
+            self.out.fill([[0.0; LANES]; 2]);
+            let mut sums = [const { Sums([[[0; BYTES]; 2]; TOKENS]) }; 2];
+            let groups = self.panel.chunks_exact(form.group());
+            let codes = self.codes.chunks_exact(form.quads * tokens);
+            let numbers = self.numbers.chunks_exact(tokens);
+            let mut before: Option<(&[u8], &[Number])> = None;
+            for (i, ((group, codes), numbers)) in groups.zip(codes).zip(numbers).enumerate() {
+                let (header, lines) = group.split_at(form.header());
+                let [even, odd] = &mut sums;
+                let (now, last) = if i % 2 == 0 { (even, odd) } else { (odd, even) };
+                tiles.multiply(codes, lines, now);
+                if let Some((header, numbers)) = before {
+                    add_up::<I, LOWS>(isa, (form, header), last, numbers, self.out);
+                }
+                before = Some((header, numbers));
+            }
+            if let Some((header, numbers)) = before {
+                let last = &sums[(form.groups - 1) % 2];
+                add_up::<I, LOWS>(isa, (form, header), last, numbers, self.out);
+            }
+        }
+    }
+
+    /// Adds a group's sums to the results, as panels without tiles do.
+    #[inline(always)]
+    fn add_up<I: Dots, const LOWS: bool>(
+        isa: I,
+        (form, header): (&Form, &[u8]),
+        sums: &Sums,
+        numbers: &[Number],
+        out: &mut [[[f32; LANES]; 2]],
+    ) {
+        let none = form.load_units::<I, 2>(isa, &[], 0);
+        let of = form.load_numbers(isa, none, header, 0);
+        for ((sums, number), out) in sums.0.iter().zip(numbers).zip(out) {
+            let (scale, codes) = (isa.splat(number.scale), isa.splat(number.sum));
+            let start = isa.splat_u(number.start as u32);
+            for v in 0..2 {
+                let sum = isa.int_to_float(isa.add_u(isa.load_u32(&sums[v]), start));
+                let by = isa.mul(of.scales[v], scale);
+                let mut result = isa.fused(by, sum, isa.load(&out[v]));
+                if LOWS {
+                    result = isa.fused(of.lows[v], codes, result);
+                }
+                isa.store(result, &mut out[v]);
+            }
+        }
+    }
+
+    /// Multiplies tiles and does nothing else, for benchmarks to divide by; operations done.
+    pub fn dot_int8(rounds: usize) -> Option<usize> {
+        const SUMS: usize = 4;
+        let tiles = Tiles::configure(QUADS, TOKENS).filter(|_| rounds > 0)?;
+        tiles.repeat(rounds);
+        Some(rounds * SUMS * LANES * LANES * BYTES * 2)
+    }
+
     /// Asks for every fourth of the lines 4 KiB ahead: those between, memory's own
     /// prefetchers fetch.
     macro_rules! ask_ahead {
@@ -236,14 +236,14 @@ mod amx {
 
     /// The tile registers of this thread, configured: 0 to 3 for sums, 4 and 5 for
     /// activations, 6 and 7 for weights. The compiler knows of none of them.
-    pub struct Tiles {
+    struct Tiles {
         /// Fours of columns of a tile.
         quads: usize,
         tokens: usize,
     }
 
     impl Tiles {
-        pub fn configure(quads: usize, tokens: usize) -> Option<Tiles> {
+        fn configure(quads: usize, tokens: usize) -> Option<Tiles> {
             Amx::detect()?;
             let mut config = Config {
                 palette: 1,
@@ -269,7 +269,7 @@ mod amx {
 
         /// The sums of a group's products.
         #[inline(always)]
-        pub fn multiply(&self, codes: &[[i8; 4]], lines: &[u8], sums: &mut Sums) {
+        fn multiply(&self, codes: &[[i8; 4]], lines: &[u8], sums: &mut Sums) {
             let steps = lines.len() / (self.quads * LINE);
             assert!(steps > 0 && codes.len() >= steps * self.quads * self.tokens);
             // SAFETY: the registers are configured while this lives. Each step reads
@@ -369,7 +369,7 @@ mod amx {
 
     impl Tiles {
         /// Adds to all sums so often what the registers happen to hold.
-        pub fn repeat(&self, rounds: usize) {
+        fn repeat(&self, rounds: usize) {
             assert!(rounds > 0);
             // SAFETY: the registers are configured while this lives, and no memory is
             // touched.
@@ -398,34 +398,3 @@ mod amx {
         }
     }
 }
-
-/// Levels of other architectures have no tiles.
-#[cfg(not(target_arch = "x86_64"))]
-mod absent {
-    use super::{Multiply, Sums};
-
-    pub enum Tiles {}
-
-    impl Tiles {
-        pub fn configure(_quads: usize, _tokens: usize) -> Option<Tiles> {
-            None
-        }
-
-        pub fn multiply(&self, _codes: &[[i8; 4]], _lines: &[u8], _sums: &mut Sums) {
-            match *self {}
-        }
-    }
-
-    pub fn has_tiles() -> bool {
-        false
-    }
-
-    pub fn multiply(_op: Multiply) {
-        unreachable!("no panel fits where there are no tiles");
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-pub use absent::multiply;
-#[cfg(not(target_arch = "x86_64"))]
-use absent::{Tiles, has_tiles};
