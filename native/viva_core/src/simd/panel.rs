@@ -212,6 +212,9 @@ impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
         results: &mut [[I::F; V]; R],
     ) {
         let (header, lines) = self.group.split_at(self.form.header());
+        if AHEAD > 0 && vector == 0 {
+            prefetch(header.as_ptr().wrapping_add(AHEAD), header.len());
+        }
         let sums = self.sums::<V, S, KIND, AHEAD>(isa, lines, vector);
         let of = self.form.load_numbers(isa, units, header, vector);
         if self.form.low == Low::Nothing {
@@ -234,17 +237,22 @@ impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
         for (sums, number) in sums[0].iter_mut().zip(self.numbers) {
             *sums = [isa.splat_u((number.start + I::LESS * number.codes) as u32); V];
         }
+        let mut ahead = Ahead::<AHEAD>::of(lines, vector);
         if KIND == STEP {
             let (turns, rest) = lines.as_chunks::<S>();
             let (x, x_rest) = self.x.as_chunks::<S>();
             for (lines, x) in turns.iter().zip(x) {
                 for s in 0..S {
-                    let w = load_line::<I, V, AHEAD>(isa, &lines[s][vector * BYTES..]);
+                    let w = load_line::<I, V>(isa, &lines[s], vector);
+                    ahead.ask();
                     add::<I, R, V>(isa, w, &x[s][self.token..], &mut sums[s]);
+                    if V == 2 {
+                        ahead.ask();
+                    }
                 }
             }
             for (line, x) in rest.iter().zip(x_rest) {
-                let w = load_line::<I, V, AHEAD>(isa, &line[vector * BYTES..]);
+                let w = load_line::<I, V>(isa, line, vector);
                 add::<I, R, V>(isa, w, &x[self.token..], &mut sums[0]);
             }
         } else {
@@ -255,23 +263,17 @@ impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
             for (lines, x) in turns.iter().zip(x) {
                 for i in 0..2 {
                     let x = [&x[i][0][self.token..], &x[i][1][self.token..]];
+                    let w = load_line::<I, V>(isa, &lines[i], vector);
                     add_halves::<I, R, V, S, KIND, AHEAD>(
-                        isa,
-                        self.table,
-                        &lines[i][vector * BYTES..],
-                        x,
-                        &mut sums,
+                        isa, self.table, w, x, &mut ahead, &mut sums,
                     );
                 }
             }
             for (line, x) in rest.iter().zip(x_rest) {
                 let x = [&x[0][self.token..], &x[1][self.token..]];
+                let w = load_line::<I, V>(isa, line, vector);
                 add_halves::<I, R, V, S, KIND, AHEAD>(
-                    isa,
-                    self.table,
-                    &line[vector * BYTES..],
-                    x,
-                    &mut sums,
+                    isa, self.table, w, x, &mut ahead, &mut sums,
                 );
             }
         }
@@ -309,16 +311,33 @@ fn add_up<I: Dots, const R: usize, const V: usize, const LOWS: bool>(
     }
 }
 
-/// The vectors of a line, and those that come later asked for.
-#[inline(always)]
-fn load_line<I: Dots, const V: usize, const AHEAD: usize>(isa: I, line: &[u8]) -> [I::B; V] {
-    let vectors = &line.as_chunks::<BYTES>().0[..V];
-    let mut w = [isa.load_bytes(&vectors[0]); V];
-    for v in 0..V {
-        w[v] = isa.load_bytes(&vectors[v]);
+/// Lines that come `AHEAD` bytes later, asked for half a line at a time: one after the
+/// other as they lie, by those who meet one half of all lines first too, and never two at
+/// once. Memory answers requests that are spread out sooner.
+struct Ahead<const AHEAD: usize>(*const u8);
+
+impl<const AHEAD: usize> Ahead<AHEAD> {
+    #[inline(always)]
+    fn of(lines: &[[u8; LINE]], vector: usize) -> Ahead<AHEAD> {
+        Ahead((lines.as_ptr().cast::<u8>()).wrapping_add(AHEAD + vector * lines.len() * BYTES))
+    }
+
+    #[inline(always)]
+    fn ask(&mut self) {
         if AHEAD > 0 {
-            prefetch(vectors[v].as_ptr().wrapping_add(AHEAD), BYTES);
+            prefetch(self.0, BYTES);
+            self.0 = self.0.wrapping_add(BYTES);
         }
+    }
+}
+
+/// The vectors of a line from that one on.
+#[inline(always)]
+fn load_line<I: Dots, const V: usize>(isa: I, line: &[u8; LINE], vector: usize) -> [I::B; V] {
+    let (vectors, _) = line.as_chunks::<BYTES>();
+    let mut w = [isa.load_bytes(&vectors[vector]); V];
+    for v in 1..V {
+        w[v] = isa.load_bytes(&vectors[vector + v]);
     }
     w
 }
@@ -335,11 +354,11 @@ fn add_halves<
 >(
     isa: I,
     table: I::B,
-    line: &[u8],
+    w: [I::B; V],
     x: [&[[i8; 4]]; 2],
+    ahead: &mut Ahead<AHEAD>,
     sums: &mut [[[I::U; V]; R]; S],
 ) {
-    let w = load_line::<I, V, AHEAD>(isa, line);
     let (mut low, mut high) = (w, w);
     for v in 0..V {
         low[v] = isa.low_halves(w[v]);
@@ -349,7 +368,15 @@ fn add_halves<
             high[v] = isa.lookup_bytes(table, high[v]);
         }
     }
+    ahead.ask();
+    // With one token the next line comes too soon for there to be time between the two.
+    if V == 2 && R == 1 {
+        ahead.ask();
+    }
     add::<I, R, V>(isa, low, x[0], &mut sums[0]);
+    if V == 2 && R > 1 {
+        ahead.ask();
+    }
     add::<I, R, V>(isa, high, x[1], &mut sums[1 % S]);
 }
 
