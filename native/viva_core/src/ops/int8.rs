@@ -115,9 +115,10 @@ fn multiply(
 
 /// Rows of x in 8 bits.
 pub(super) trait Codes: Sync {
-    /// Writes the codes of those columns of a row, signed bytes: how long their step
-    /// is, and what they add up to.
-    fn write(&self, row: usize, columns: Range<usize>, out: &mut [u8]) -> (f32, i32);
+    /// Writes the codes of a row, signed bytes. Each group of columns has as many bytes of
+    /// `out`, of which it fills the first, and in `steps` how long its step is and what its
+    /// codes add up to.
+    fn write(&self, row: usize, groups: &[Range<usize>], out: &mut [u8], steps: &mut [(f32, i32)]);
 }
 
 /// Each group rounded by its own largest magnitude.
@@ -127,9 +128,14 @@ struct ByGroup<'a> {
 }
 
 impl Codes for ByGroup<'_> {
-    fn write(&self, row: usize, columns: Range<usize>, out: &mut [u8]) -> (f32, i32) {
-        let x = &self.x[row * self.k..][columns];
-        dispatch(RoundToBytes { x, out })
+    fn write(&self, row: usize, groups: &[Range<usize>], out: &mut [u8], steps: &mut [(f32, i32)]) {
+        let x = &self.x[row * self.k..(row + 1) * self.k];
+        dispatch(RoundToBytes {
+            x,
+            groups,
+            out,
+            steps,
+        });
     }
 }
 
@@ -365,21 +371,24 @@ impl Tile {
         let mut lines = Line::zeroed(groups * quads * width);
         let codes: &mut [[i8; 4]] = bytemuck::cast_slice_mut(&mut lines);
         let mut numbers = vec![Number::default(); groups * width];
-        let mut rounded = vec![0u8; 4 * quads];
+        let columns: Vec<Range<usize>> = (0..groups).map(|g| plan.columns(g)).collect();
+        // What fills up groups stays zero.
+        let mut rounded = vec![0u8; groups * 4 * quads];
+        let mut steps = vec![(0.0, 0); groups];
         for (t, token) in tokens.clone().enumerate() {
-            for group in 0..groups {
-                let columns = plan.columns(group);
-                let (out, filled) = rounded.split_at_mut(columns.len());
-                let (scale, sum) = x.write(token, columns, out);
-                filled.fill(0);
-                numbers[group * width + t] = Number {
+            x.write(token, &columns, &mut rounded, &mut steps);
+            let of_token = (rounded.chunks_exact(4 * quads)).zip(&steps);
+            let of_group = codes
+                .chunks_exact_mut(quads * width)
+                .zip(numbers.chunks_exact_mut(width));
+            for ((rounded, &(scale, sum)), (codes, numbers)) in of_token.zip(of_group) {
+                numbers[t] = Number {
                     scale,
                     sum: scale * sum as f32,
                     codes: sum,
                     start: -i32::from(plan.steps.zero) * sum,
                 };
-                let rounded = bytemuck::cast_slice(&rounded);
-                let codes = &mut codes[group * quads * width..][..quads * width];
+                let rounded = bytemuck::cast_slice(rounded);
                 if registers {
                     tiles::put(rounded, (t, width), codes);
                 } else {

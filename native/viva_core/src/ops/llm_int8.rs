@@ -211,10 +211,13 @@ impl Activations {
 }
 
 impl Codes for Activations {
-    fn write(&self, row: usize, columns: Range<usize>, out: &mut [u8]) -> (f32, i32) {
-        let codes = &self.codes[row * self.k..][columns];
-        out.copy_from_slice(codes);
-        let sum = codes.iter().map(|&code| i32::from(code as i8)).sum();
-        (self.scales[row], sum)
+    fn write(&self, row: usize, groups: &[Range<usize>], out: &mut [u8], steps: &mut [(f32, i32)]) {
+        let each = out.len() / groups.len();
+        for ((columns, out), steps) in groups.iter().zip(out.chunks_exact_mut(each)).zip(steps) {
+            let codes = &self.codes[row * self.k..][columns.clone()];
+            out[..codes.len()].copy_from_slice(codes);
+            let sum = codes.iter().map(|&code| i32::from(code as i8)).sum();
+            *steps = (self.scales[row], sum);
+        }
     }
 }

@@ -15,6 +15,8 @@
 // Indices say which register: loops over them are unrolled.
 #![allow(clippy::needless_range_loop)]
 
+use std::ops::Range;
+
 use super::dots::{BYTES, Dots, DotsOp};
 use super::form::{Form, LINE, Low, Numbers, Units};
 use super::memory::{asks_for_lines, prefetch};
@@ -272,9 +274,7 @@ impl<I: Dots, const T: usize, const R: usize> Group<'_, I, T, R> {
             for (line, x) in rest.iter().zip(x_rest) {
                 let x = [&x[0][self.token..], &x[1][self.token..]];
                 let w = load_line::<I, V>(isa, line, vector);
-                add_halves::<I, R, V, S, KIND, AHEAD>(
-                    isa, self.table, w, x, &mut ahead, &mut sums,
-                );
+                add_halves::<I, R, V, S, KIND, AHEAD>(isa, self.table, w, x, &mut ahead, &mut sums);
             }
         }
         for s in 1..S {
@@ -461,52 +461,68 @@ fn take_apart<I: Dots>(isa: I, table: Option<I::B>, lines: &[u8], out: &mut [u8]
     }
 }
 
-/// Rounds activations to −127…127 steps, as signed bytes: the length of a step, and
-/// the sum of all codes. A NaN or infinity makes the step NaN.
+/// Rounds each group of a row of activations to −127…127 steps, as signed bytes: the
+/// length of a step, and the sum of the group's codes. A NaN or infinity makes the step
+/// NaN.
 pub struct RoundToBytes<'a> {
     pub x: &'a [f32],
+    /// The columns of each group.
+    pub groups: &'a [Range<usize>],
+    /// As many bytes for each group, of which the first are written.
     pub out: &'a mut [u8],
+    pub steps: &'a mut [(f32, i32)],
 }
 
 impl Op for RoundToBytes<'_> {
-    type Output = (f32, i32);
+    type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> (f32, i32) {
-        let scale = absmax(isa, self.x) / 127.0;
-        if !scale.is_finite() || scale == 0.0 {
-            self.out.fill(0);
-            return (if scale == 0.0 { 0.0 } else { f32::NAN }, 0);
+    fn run<I: Isa>(self, isa: I) {
+        let outs = self
+            .out
+            .chunks_exact_mut(self.out.len() / self.groups.len());
+        for ((columns, out), steps) in self.groups.iter().zip(outs).zip(self.steps) {
+            let out = &mut out[..columns.len()];
+            *steps = round_group(isa, &self.x[columns.clone()], out);
         }
-        let by = isa.splat(scale);
-        let (low, high) = (isa.splat(-127.0), isa.splat(127.0));
-        let round = isa.splat(ROUND);
-        let less = isa.splat_u(ROUND.to_bits());
-        let mut sum = isa.splat_u(0);
-        let (chunks, tail) = self.x.as_chunks::<LANES>();
-        let (outs, out_tail) = self.out.as_chunks_mut::<LANES>();
-        for (x, out) in chunks.iter().zip(outs) {
-            let steps = isa.min(isa.max(isa.div(isa.load(x), by), low), high);
-            let codes = isa.sub_u(isa.bits(isa.add(steps, round)), less);
-            sum = isa.add_u(sum, codes);
-            isa.store_u8(codes, out);
-        }
-        if !tail.is_empty() {
-            let x = isa.load_part(tail, 0.0);
-            let steps = isa.min(isa.max(isa.div(x, by), low), high);
-            let codes = isa.sub_u(isa.bits(isa.add(steps, round)), less);
-            sum = isa.add_u(sum, codes);
-            let mut lanes = [0u8; LANES];
-            isa.store_u8(codes, &mut lanes);
-            out_tail.copy_from_slice(&lanes[..tail.len()]);
-        }
-        let mut lanes = [0u32; LANES];
-        isa.store_u(sum, &mut lanes);
-        (
-            scale,
-            lanes
-                .into_iter()
-                .fold(0i32, |sum, v| sum.wrapping_add(v as i32)),
-        )
     }
+}
+
+#[inline(always)]
+fn round_group<I: Isa>(isa: I, x: &[f32], out: &mut [u8]) -> (f32, i32) {
+    let scale = absmax(isa, x) / 127.0;
+    if !scale.is_finite() || scale == 0.0 {
+        out.fill(0);
+        return (if scale == 0.0 { 0.0 } else { f32::NAN }, 0);
+    }
+    let by = isa.splat(scale);
+    let (low, high) = (isa.splat(-127.0), isa.splat(127.0));
+    let round = isa.splat(ROUND);
+    let less = isa.splat_u(ROUND.to_bits());
+    let mut sum = isa.splat_u(0);
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    let (outs, out_tail) = out.as_chunks_mut::<LANES>();
+    for (x, out) in chunks.iter().zip(outs) {
+        let steps = isa.min(isa.max(isa.div(isa.load(x), by), low), high);
+        let codes = isa.sub_u(isa.bits(isa.add(steps, round)), less);
+        sum = isa.add_u(sum, codes);
+        isa.store_u8(codes, out);
+    }
+    if !tail.is_empty() {
+        let x = isa.load_part(tail, 0.0);
+        let steps = isa.min(isa.max(isa.div(x, by), low), high);
+        let codes = isa.sub_u(isa.bits(isa.add(steps, round)), less);
+        sum = isa.add_u(sum, codes);
+        let mut lanes = [0u8; LANES];
+        isa.store_u8(codes, &mut lanes);
+        out_tail.copy_from_slice(&lanes[..tail.len()]);
+    }
+    let mut lanes = [0u32; LANES];
+    isa.store_u(sum, &mut lanes);
+    (
+        scale,
+        lanes
+            .into_iter()
+            .fold(0i32, |sum, v| sum.wrapping_add(v as i32)),
+    )
 }
